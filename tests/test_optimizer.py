@@ -1,4 +1,4 @@
-"""Schedules of learning rate and momentum by hand, and the learning rate of each parameter group."""
+"""Schedules of learning rate and momentum compared with values by hand; the learning rate of each parameter group."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def test_one_cycle_by_hand():
         assert lr_at(cfg, step, 100) == pytest.approx(lr) and momentum_at(cfg, step, 100) == pytest.approx(momentum)
 
 
-def test_backbone_encoders_and_the_rest_have_separate_learning_rates():
+def test_the_backbone_the_encoders_and_the_rest_have_separate_learning_rates():
     recipe = PRETRAIN["fusion"]["tiny"]
     cfg = replace(recipe.optim, lr=1.0, backbone_lr=0.1, encoder_lr=0.5, start=1.0, warmup_steps=0)
     with torch.device("meta"):
@@ -50,7 +50,7 @@ def test_backbone_encoders_and_the_rest_have_separate_learning_rates():
             assert p not in rate, name
         elif name.startswith("encoder.camera.backbone."):
             assert rate[p] == 0.1, name
-        elif name.startswith("encoder.") and not name.startswith("encoder.fuse."):
+        elif name.startswith("encoder.") and not name.startswith("encoder.fuse."):  # which belongs to the rest
             assert rate[p] == 0.5, name
         else:
             assert rate[p] == 1.0, name

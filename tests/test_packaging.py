@@ -16,7 +16,7 @@ SCRIPTS = ["train.py", "finetune.py", "eval.py"]
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def wheel_files(tmp_path_factory):
     """Names of the files in the wheel, which is built without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     # links, since a build writes next to its sources
@@ -28,19 +28,19 @@ def installed(tmp_path_factory):
     return zipfile.ZipFile(folder / done.stdout.split()[-1]).namelist()
 
 
-def test_wheel_has_no_top_level_kernels(installed):
+def test_wheel_has_no_top_level_kernels(wheel_files):
     """Another distribution (Hugging Face's) has a package of that name."""
-    assert {name.split("/")[0] for name in installed if ".dist-info/" not in name} == {"unipad"}
+    assert {name.split("/")[0] for name in wheel_files if ".dist-info/" not in name} == {"unipad"}
 
 
-def test_wheel_has_every_module(installed):
+def test_wheel_has_every_module(wheel_files):
     modules = {str(file.relative_to(REPO)) for file in REPO.glob("unipad/**/*.py")}
     modules |= {f"unipad/kernels/{file.name}" for file in REPO.glob("kernels/*.py")}
-    assert modules == {name for name in installed if name.endswith(".py")}
+    assert modules == {name for name in wheel_files if name.endswith(".py")}
 
 
 def test_every_import_is_declared():
-    # in the part before the optional dependencies, one per line
+    # the required dependencies, one per line, come before the optional ones
     declared = {name.lower() for name in re.findall(r'^    "([\w-]+)', PROJECT.split("[project.optional")[0], re.M)}
     optional = {"triton", "skimage"}  # GPU builds of torch depend on Triton, CPUs do not need it; skimage: extra `mesh`
     files = [*REPO.glob("unipad/**/*.py"), *REPO.glob("kernels/*.py"), *(REPO / name for name in SCRIPTS)]

@@ -65,7 +65,7 @@ def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
     canvas = onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
     assert canvas.isfinite().sum() == 9  # 3 x 3 pixels; the point behind is not drawn
-    right = torch.tensor([[0.9, 0, 9]])  # in the next pixel: its surroundings are behind those of the near point
+    right = torch.tensor([[0.9, 0, 9]])  # one pixel to the right of the near point, which hides two of its columns
     assert (onto_views(batch, torch.cat([points, right]))[0, 5:8, 7:10] == 5).all()
 
 
@@ -92,7 +92,7 @@ def test_detections_are_drawn_in_the_colors_of_their_classes(cameras, city):
     without = detection_views(batch, Detections(batch.boxes, scores, batch.labels))
     with_boxes = detection_views(batch, Detections(batch.boxes, scores, batch.labels), min_score=0.1)
     assert without.dtype == np.uint8 and without.shape == with_boxes.shape
-    assert without.shape[1] > (2000 if cameras else 600)  # pixels: wider by three columns of cameras
+    assert without.shape[1] > (2000 if cameras else 600)  # pixels: the bird's-eye view, and three columns of cameras
     names = {CLASSES[label] for label in batch.labels.tolist()}
     for name, color in zip(CLASSES, COLORS, strict=True):
         # number of pixels of this color below row 100; the legend and other objects may have some in both pictures
@@ -104,7 +104,7 @@ def test_detections_are_drawn_in_the_colors_of_their_classes(cameras, city):
 
 
 def test_a_run_skips_a_damaged_frame_and_one_with_a_missing_file_and_names_them(city, tmp_path):
-    """Two of the three frames of mini_train, whose scene is the first in the order of file names."""
+    """A truncated LiDAR file and a missing image, both of mini_train: its files are the first when sorted by name."""
     root = shutil.copytree(city, tmp_path / "city")
     broken = sorted(root.glob("samples/LIDAR_TOP/*.pcd.bin"))[0]
     broken.write_bytes(broken.read_bytes()[:-7])

@@ -12,8 +12,8 @@ VOLTA, TURING, AMPERE = (7, 0), (7, 5), (8, 0)  # compute capabilities
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that simulates a GPU of a given compute capability, always called Tesla T4; autocast and GradScaler
-    return their arguments."""
+    """A function that simulates a GPU of a given compute capability, always called Tesla T4. `torch.autocast` then
+    returns its arguments, `GradScaler` whether it is enabled."""
 
     def pretend(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -28,10 +28,11 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
         assert loss_of_two == pytest.approx(loss_of_one, rel=1e-9)
         assert fp32_loss_of_two == pytest.approx(fp32_loss_of_one, rel=2e-5)
         assert grads_of_one.keys() == grads_of_two.keys()
-        whole = torch.stack([grad.norm() for grad in grads_of_one.values()]).norm()
+        total_norm = torch.stack([grad.norm() for grad in grads_of_one.values()]).norm()
         for name, grad in grads_of_one.items():
-            assert (grad - grads_of_two[name]).norm() <= 1e-7 * whole, name
-        assert sum(grad.norm() > 1e-4 * whole for grad in grads_of_one.values()) > 50, "almost all gradients are zero"
+            assert (grad - grads_of_two[name]).norm() <= 1e-7 * total_norm, name
+        not_zero = sum(grad.norm() > 1e-4 * total_norm for grad in grads_of_one.values())
+        assert not_zero > 50, "almost all gradients are zero"
 
 
 def save_gradients(city, file):
@@ -45,7 +46,7 @@ def save_gradients(city, file):
 
 
 def step(modality, city, world):
-    """Run a training step; returns means over processes: {parameter: gradient} in fp64, loss in fp64, loss in fp32."""
+    """Forward and backward pass; returns means over processes: {parameter: gradient} and loss in fp64, loss in fp32."""
     from unipad.data.loader import step_batches
     from unipad.data.nuscenes import NuScenesDataset
     from unipad.model.pretrain import Pretrain

@@ -30,6 +30,7 @@ def make_batch(point_lists, views=2, size=(16, 32), unpadded=(12, 30)):
     (H, W), none = size, torch.zeros(0)
     rows, cols = torch.arange(H)[:, None] / 16, torch.arange(W) / 32
     images = [torch.stack([cols.expand(H, W), rows.expand(H, W), torch.full((H, W), float(n))]) for n in range(views)]
+    # intensity and time lag are 0
     points = [torch.nn.functional.pad(torch.as_tensor(p).reshape(-1, 3), (0, 2)) for p in point_lists]
     return Batch(
         images=torch.stack(images).expand(B, -1, -1, -1, -1),
@@ -47,6 +48,7 @@ def make_batch(point_lists, views=2, size=(16, 32), unpadded=(12, 30)):
 
 
 def generators(*seeds):
+    """One generator per sample, each with its seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -114,10 +116,10 @@ def test_depth_is_the_distance_along_the_ray():
     [
         ((1.0, 1.0), 1.0, True),
         ((0.0, 1.0), 1.0, False),  # on the left border
-        ((1.0, 0.0), 1.0, False),
-        ((29.0, 1.0), 1.0, False),  # width 30 before padding
+        ((1.0, 0.0), 1.0, False),  # on the top border
+        ((29.0, 1.0), 1.0, False),  # on the last column: the width before padding is 30
         ((28.75, 10.75), 1.0, True),
-        ((1.0, 11.0), 1.0, False),  # height 12
+        ((1.0, 11.0), 1.0, False),  # on the last row: the height is 12
         ((1.0, 1.0), -1.0, False),  # behind the camera
         ((16.0, 8.0), 0.0, False),  # at the camera itself
     ],
@@ -164,7 +166,7 @@ def test_points_are_drawn_without_replacement():
 
 
 def test_every_point_is_drawn_equally_often():
-    """3 of 6 points are drawn 600 times: each point 300 times, with a standard deviation of 12."""
+    """3 of 6 points are drawn 600 times: each point 300 times on average, with a standard deviation of 12."""
     points = torch.tensor([[x, 6.0, 2.0] for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)])
     batch = make_batch([points] * 600, views=1)
     rays = choose_rays(batch, replace(ALL_RADII, per_view=3), generators(*range(600)))
@@ -175,11 +177,11 @@ def test_every_point_is_drawn_equally_often():
 
 @pytest.mark.parametrize("points", [[], [[0.0, 6.0, 2.0]]], ids=["no points", "one, in the other view"])
 def test_a_view_without_points_casts_pixels(points):
-    """View 1, whose rays are the last eight."""
+    """View 1 has no points; its rays are the last eight."""
     rays = choose_rays(make_batch([points]), ALL_RADII, generators(0))
     assert len(rays) == 16 and (rays.depth[8:] == -1).all()
     torch.testing.assert_close(rays.directions.norm(dim=1), torch.ones(16))
-    assert (rays.rgb[:, 1] >= 4 / 16).all()  # from row int(0.4 * 12) on, below the sky
+    assert (rays.rgb[:, 1] >= 4 / 16).all()  # from row int(0.4 * 12) on, 0.4 being the default `sky`
 
 
 def test_a_view_with_fewer_pixels_than_rays_repeats_them():

@@ -1,4 +1,4 @@
-"""The README's commands run at small sizes, its file list is complete, frozen encoders are given weights."""
+"""The README's commands run at small sizes, its file list is complete, its frozen encoders start from weights."""
 
 import re
 import shlex

@@ -22,7 +22,7 @@ from unipad.model.volume import ConvNormReLU3d
 
 FIELD = "pts_bbox_head.render_model.field."
 RECORDED_GRID = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
-# With `rgb` and `depth`, on by default, all losses of the records; `points` is off
+# The losses of the records besides `rgb` and `depth`, which are on by default; `points` is off
 RECORDED_LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01)
 SMALL_GRID = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
 SMALL = Render(samples=12, importance=6, channels=8, truncation=1.5, **RECORDED_LOSSES)
@@ -156,9 +156,9 @@ def test_training_step_of_the_render_head_equals_the_original():
     Losses, all gradients, and the running statistics afterwards; no optimizer step.
     """
     record, _ = load("render_head_viewtrans_train")
-    levels = [record[f"in/{kind}_{l}"].requires_grad_() for kind in ("feat", "depth_map") for l in (0, 1)]
-    features = [f.permute(0, 1, 3, 4, 2) for f in levels[:2]]  # [B, N, h, w, C]
-    depths = [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in levels[2:]]  # [B, N, h, w, D]
+    leaves = [record[f"in/{kind}_{l}"].requires_grad_() for kind in ("feat", "depth_map") for l in (0, 1)]  # l: level
+    features = [f.permute(0, 1, 3, 4, 2) for f in leaves[:2]]  # [B, N, h, w, C]
+    depths = [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in leaves[2:]]  # [B * N, ...] to [B, N, h, w, D]
     H, W = record["in/img_shape"][0, 0, :2].tolist()
     lidar2image = record["in/lidar2img"][:, :, 0]
     low, cell, shape = RECORDED_GRID.low, RECORDED_GRID.cell, RECORDED_GRID.shape
@@ -185,10 +185,10 @@ def test_training_step_of_the_render_head_equals_the_original():
         assert_close_to_max(value, record[f"out/{term}_loss"], 1e-5, term)
 
     sum(losses.values()).backward()
-    for name, leaf in zip(("feat_0", "feat_1", "depth_map_0", "depth_map_1"), levels, strict=True):
+    for name, leaf in zip(("feat_0", "feat_1", "depth_map_0", "depth_map_1"), leaves, strict=True):
         assert_close_to_max(leaf.grad, record[f"grad/{name}"], 1e-3, name)
     for name, expected in weights(record, "", "grad/").items():
-        if name != "project.0.bias":  # before a batch norm: 0 except for rounding
+        if name != "project.0.bias":  # followed by a batch norm, so its gradient is only rounding
             assert_close_to_max(head.get_parameter(name).grad, expected, 5e-3, name)
     for name, expected in weights(record, "", "out/after/").items():  # running mean and variance
         assert_close_to_max(head.state_dict()[name], expected, 1e-5, name)
@@ -227,10 +227,10 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
     ours, theirs = renderer(volume, rays, jitter), eager(volume, rays, jitter)
     for name in ("rgb", "depth", "weights", "starts", "sdf", "gradient"):
         assert_close_to_max(getattr(ours, name), getattr(theirs, name), 1e-8, name)
-    losses, expected = renderer.loss(ours, rays), eager.loss(theirs, rays)
-    for name in expected:
-        assert_close_to_max(losses[name], expected[name], 1e-8, name)
-    expected = gradients(expected, renderer, volume)
+    losses, their_losses = renderer.loss(ours, rays), eager.loss(theirs, rays)
+    for name, value in their_losses.items():
+        assert_close_to_max(losses[name], value, 1e-8, name)
+    expected = gradients(their_losses, renderer, volume)
     for name, value in gradients(losses, renderer, volume).items():
         assert_close_to_max(value, expected[name], 1e-8, name)
 

@@ -11,9 +11,9 @@ import torch
 import finetune
 import train
 from tests import scripts
-from tests.test_finetune import SMALL
+from tests.test_finetune import SMALL as FINETUNE_FLAGS
 from tests.test_rays import generators
-from tests.test_train import SMALL as FEW_RAYS
+from tests.test_train import SMALL as TRAIN_FLAGS
 from tests.test_train import curve
 from unipad.config import Augment, Data, Paste
 from unipad.data.cutpaste import load_objects
@@ -120,7 +120,8 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
     assert batch.images.shape[-2:] == (-(-H // 32) * 32, -(-W // 32) * 32)  # padded to multiples of 32
     assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
     detected = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
-    columns = -(-len(cameras) // 2)  # cameras are drawn in two rows, 520 and 300 pixels wide, beside a bird's-eye view
+    # cameras, each 520 pixels wide with boxes and 300 with classes, are drawn in two rows beside a bird's-eye view
+    columns = -(-len(cameras) // 2)
     assert detection_views(batch, detected).shape[1] > 520 * columns
     keyframe_count = (batch.points[: batch.point_counts[0], 4] == 0).sum()
     assert segment_views(batch, torch.ones(keyframe_count, dtype=torch.uint8)).shape[1] > 300 * columns
@@ -162,10 +163,11 @@ def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
         cv2.imwrite(str(file), cv2.resize(image, (row["width"] // 2, row["height"] // 2)))
     (copy / rows[0]["filename"]).unlink()  # of mini_train
     (copy / rows[-1]["filename"]).unlink()  # of mini_val
-    train = ["train.py", *FEW_RAYS, "--val-every", 1, "--out", tmp_path / "train"]
-    finetune = ["finetune.py", *SMALL, "--pretrained", tmp_path / "train", "--out", tmp_path / "finetune"]
-    for script in (train, finetune):
-        done = scripts.run(*script, "--modality", "camera", "--preset", "tiny", "--data-root", copy, "--steps", 1)
+    of_train = ["train.py", *TRAIN_FLAGS, "--val-every", 1, "--out", tmp_path / "train"]
+    of_finetune = ["finetune.py", *FINETUNE_FLAGS, "--pretrained", tmp_path / "train", "--out", tmp_path / "finetune"]
+    for arguments in (of_train, of_finetune):
+        done = scripts.run(*arguments, "--modality", "camera", "--preset", "tiny", "--data-root", copy, "--steps", 1)
+        # once for each split
         assert done.returncode == 0 and done.stderr.count("1 of 3 frames are left out") == 2, done.stderr
     assert curve(tmp_path / "train", "val/psnr")[1] > 0 and curve(tmp_path / "finetune")[1] > 0
     for run, flags in (("train", ["--picture-stride", 8]), ("finetune", ["--batch-size", 8])):
@@ -225,7 +227,7 @@ def test_the_orientation_in_exif_data_is_ignored(copy):
         with Image.open(file) as image:
             image.save(file, exif=exif, quality=100)
     after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
-    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(after, before, strict=True)) < 3  # of 255: JPEG
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(after, before, strict=True)) < 3  # of 255: JPEG loss
 
 
 def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
@@ -240,7 +242,7 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
     for (cameras, sweeps), frames in expected.items():
         capsys.readouterr()
         dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(cameras=cameras, sweeps=sweeps))
-        assert dataset.frames.tolist() == frames and [dataset[i].token for i in range(len(frames))]
+        assert dataset.frames.tolist() == frames and all(dataset[i].token for i in range(len(frames)))  # readable
         printed = capsys.readouterr().err
         assert (f"{3 - len(frames)} of 3 frames are left out; missing: " in printed) == (len(frames) < 3)
         assert [name in printed for name in removed] == [cameras, sweeps == 2]

@@ -26,7 +26,7 @@ def test_surface_is_a_strip_all_around(stride):
     mesh = scene3d.surface(sphere(10.0, stride), columns)
     assert mesh.vertices.shape == (rows * columns, 3) and len(mesh.faces) == 2 * (rows - 1) * columns
     sides = mesh.vertices[mesh.faces] - mesh.vertices[np.roll(mesh.faces, 1, axis=1)]
-    assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(stride) * 1.5  # m: a cell's diagonal is 1.41
+    assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(stride) * 1.5  # m: a square's diagonal is 1.41 sides
     edges = np.sort(np.concatenate([mesh.faces[:, [i, (i + 1) % 3]] for i in range(3)]), axis=1)
     _, counts = np.unique(edges, axis=0, return_counts=True)
     assert (counts == 1).sum() == 2 * columns  # edges of one triangle: only at the top and the bottom

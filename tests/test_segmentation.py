@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,7 +89,7 @@ def test_the_devkits_check_accepts_the_folder(perfect, validation, city):
         validate_submission.validate_submission(nusc, str(perfect[0]), "mini_val")
 
 
-def test_metrics_by_hand(perfect, validation, tmp_path):
+def test_metrics_by_hand(validation, tmp_path):
     """Every second point on a car is predicted as bus: the devkit's metrics equal those computed from counts."""
     predicted = {}
     for i in range(len(validation)):
@@ -194,6 +193,7 @@ def runs(city, tmp_path_factory):
 
 
 def parse(city, out, *flags):
+    """Arguments of finetune.py; of a flag that is given twice, the last one counts."""
     return finetune.parse([*SMALL, "--task", "segment", "--data-root", city, "--out", out, "--steps", 3, *flags])
 
 
@@ -260,7 +260,7 @@ def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
     ],
     ids=["task", "score", "masked", "pre-training"],
 )
-def test_a_user_error_is_one_sentence(name, flags, words, runs):
+def test_flags_that_do_not_fit_the_run_are_user_errors(name, flags, words, runs):
     with pytest.raises(UserError) as error:
         evaluate(runs / name, *flags)
     assert all(word in str(error.value) for word in words), error.value
@@ -274,6 +274,6 @@ def test_other_user_errors(runs, city, tmp_path):
         evaluate(save_run(tmp_path / "17", Segmenter(recipe), city))
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg.json"))
     with pytest.raises(UserError, match="frames without lidarseg labels; unpack nuScenes-lidarseg in"):
-        finetune.main(parse(Path(root), tmp_path / "run"))
+        finetune.main(parse(root, tmp_path / "run"))
     with pytest.raises(UserError, match="frames without lidarseg labels"):
         evaluate(runs / "run", "--data-root", root)

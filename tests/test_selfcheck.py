@@ -147,9 +147,9 @@ def test_a_wrong_index_is_reported():
 def test_no_bf16_cases_on_a_gpu_without_it(monkeypatch):
     all_cases = [str(case) for case in checks()]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # Turing
     assert [str(case) for case in checks()] == [name for name in all_cases if not name.endswith("bf16")]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # Ampere
     assert [str(case) for case in checks()] == all_cases
 
 
@@ -184,7 +184,7 @@ def test_a_crash_does_not_affect_other_cases(monkeypatch):
     original = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **kw: original([sys.executable, "-c", WORKER], **kw))
     names = ["first", "crashes", "second", "loses context", "third"]
-    cases = [Case(name, "small", "fp32", None, None, None) for name in names]
+    cases = [Case(name, "small", "fp32", inputs=None, op=None, ref=None) for name in names]
     reported = list(results(cases, isolate=True))
     assert [result.name for result in reported] == names
     assert [result.status for result in reported] == ["ok", "FAIL", "ok", "FAIL", "ok"]

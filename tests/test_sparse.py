@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -69,15 +70,10 @@ def dense_of(x):
     return cells.permute(0, 4, 1, 2, 3)
 
 
-def transpose_args(conv):
-    """Arguments of F.conv_transpose3d after the bias: stride, padding, output_padding, groups, dilation."""
-    return conv.stride, conv.padding, 0, 1, conv.dilation
-
-
 def assert_is_dense_convolution(conv, x, convolve, active):
     """Assert that `conv(x)` and its gradients are those of `convolve(cells, weight) * active`.
 
-    active:   [B, 1, Z, Y, X], 1 in the output voxels.
+    active:   [B, 1, Z', Y', X'], 1 in the output voxels, which are checked too.
     convolve: takes [B, Cin, Z, Y, X] and a weight [Cout, Cin, kz, ky, kx], returns [B, Cout, Z', Y', X'].
     """
     out = conv(x)
@@ -152,23 +148,21 @@ def test_inverse_matches_conv_transpose3d_at_the_voxels_before_the_convolution(n
     channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
     down = SparseConv3d(2, channels[0], *geometry).double().to(device)
     up = SparseInverseConv3d(*channels, geometry[0]).double().to(device)
-    first = sparse(name, 2, device=device)
-    coarse = down(first)
+    fine = sparse(name, 2, device=device)
+    coarse = down(fine)
     x = coarse.replace(coarse.features.detach().requires_grad_())
 
-    # output padding, for the last cells, which no window of the kernel covers and conv_transpose3d would leave out
-    # `full` is computed for its shape
-    full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *transpose_args(down))
-    output_padding = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
+    def transposed(cells, weight, output_padding=0):
+        window = dict(stride=down.stride, padding=down.padding, dilation=down.dilation)
+        return F.conv_transpose3d(cells, weight.transpose(0, 1), output_padding=output_padding, **window)
 
-    def convolve(cells, weight):
-        stride, padding, _, groups, dilation = transpose_args(down)
-        return F.conv_transpose3d(
-            cells, weight.transpose(0, 1), None, stride, padding, output_padding, groups, dilation
-        )
-
-    assert_is_dense_convolution(up, x, convolve, occupancy(first.voxels))
-    assert up(x).voxels is first.voxels
+    # Output padding adds the last cells, which no window of `down` covers and conv_transpose3d would leave out.
+    # `unpadded` is computed only for its shape.
+    unpadded = transposed(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel))
+    output_padding = [size - covered for size, covered in zip(SHAPE, unpadded.shape[2:], strict=True)]
+    convolve = partial(transposed, output_padding=output_padding)
+    assert_is_dense_convolution(up, x, convolve, occupancy(fine.voxels))
+    assert up(x).voxels is fine.voxels
 
 
 def test_inverse_needs_a_convolution_to_invert():
@@ -182,7 +176,7 @@ def test_inverse_needs_a_convolution_to_invert():
 def test_weight_layout_and_initialization():
     conv = SparseConv3d(16, 8, (3, 2, 1), 2)
     assert conv.weight.shape == (8, 3, 2, 1, 16) and conv.bias.shape == (8,)
-    bound = 1 / math.sqrt(16 * 6)
+    bound = 1 / math.sqrt(16 * 3 * 2 * 1)  # inputs of an output: channels * cells of the kernel
     assert 0.9 * bound < conv.weight.abs().max() <= bound
     assert SubMConv3d(1, 1, 3, bias=False).state_dict().keys() == {"weight"}
     text = "16, 8, kernel=(3, 2, 1), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), bias=True"
@@ -193,15 +187,15 @@ def test_neighbor_tables_are_built_once_per_geometry():
     x = sparse("scattered", 2)
     assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is x.voxels.submanifold((3, 3, 3), (1, 1, 1))
     assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is not x.voxels.submanifold((3, 3, 3), (2, 2, 2))
-    down = [SparseConv3d(2, 2, 3, 2, 1).double() for _ in range(2)]
+    down = [SparseConv3d(2, 2, 3, stride=2, padding=1).double() for _ in range(2)]
     first, second = (conv(x) for conv in down)
     assert first.voxels is second.voxels
-    assert SparseConv3d(2, 2, 3, 2, 0).double()(x).voxels is not first.voxels
+    assert SparseConv3d(2, 2, 3, stride=2, padding=0).double()(x).voxels is not first.voxels
 
 
 def test_a_cuda_graph_reuses_tables_of_its_warm_up_and_caches_none(monkeypatch):
-    """Warmed up on stream 1, captured on stream 2, after `torch.cuda.graph` has synchronized the device. Stream 3 does
-    not get tables that stream 1 may still compute."""
+    """Simulated: warm-up on stream 1, capture on stream 2, before which `torch.cuda.graph` synchronizes the device.
+    Stream 3 does not get tables that stream 1 may still compute."""
     voxels, kernel, one = sparse("scattered", 2).voxels, (3, 3, 3), (1, 1, 1)
     monkeypatch.setattr(backend, "stream", lambda device: 1)
     table, output = voxels.submanifold(kernel, one), voxels.strided(kernel, (2, 2, 2), one, one)
@@ -312,8 +306,8 @@ def test_with_prebuilt_tables_a_net_compiles_to_one_graph():
     graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)
 
     def call(x):
-        sets = make_tables(compiled, x.voxels)
-        return graph(SparseTensor(x.features, sets[0]))
+        voxel_sets = make_tables(compiled, x.voxels)  # kept until the net has run
+        return graph(SparseTensor(x.features, voxel_sets[0]))
 
     assert_compiled_matches_eager(call, eager, compiled, ["scattered", "none", "scattered"])
 
@@ -352,5 +346,6 @@ def test_a_norm_caches_scale_and_shift_until_its_weights_change(monkeypatch):
     kept = norm.scale_and_shift()
     assert kept is not in_graph and norm.scale_and_shift() is kept
     monkeypatch.setattr(backend, "stream", lambda device: 1)
-    assert norm.scale_and_shift() is not kept  # the other stream may still compute it
-    assert copy.deepcopy(norm).scale_and_shift() is not kept  # a copy has its own weights
+    on_stream_1 = norm.scale_and_shift()
+    assert on_stream_1 is not kept  # which the other stream may still compute
+    assert copy.deepcopy(norm).scale_and_shift() is not on_stream_1  # a copy has its own weights

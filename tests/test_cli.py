@@ -1,4 +1,6 @@
-"""The scripts' command lines: every setting is a flag, and a run's folder is enough to repeat or resume the run."""
+"""The scripts' command lines: every setting is a flag, and a run's folder is enough to repeat or resume the run, unless
+its dataset is a class of the user's own.
+"""
 
 import dataclasses
 import json
@@ -44,7 +46,7 @@ def settings(recipe):
         if dataclasses.is_dataclass(value):
             yield from ((f"{name}.{inner}", hint, v) for inner, hint, v in settings(value))
         elif value is not None or not any(map(dataclasses.is_dataclass, typing.get_args(hints[name]))):
-            yield name, hints[name], value
+            yield name, hints[name], value  # not of a section that is None, such as `camera`
 
 
 def another(hint, value):
@@ -60,22 +62,22 @@ def another(hint, value):
         value = value or ((1, 0.5),)  # `detect.nms` may be empty
         value = tuple((c, iou / 2) for c, iou in value) if isinstance(value[0], tuple) else tuple(v + 1 for v in value)
         return value, [v for part in value for v in (part if isinstance(part, tuple) else (part,))]
-    value = (value + 0.5) % 1 if isinstance(value, float) and value <= 1 else value + 1  # many are at most 1
+    value = (value + 0.5) % 1 if isinstance(value, float) and value <= 1 else value + 1  # many must be at most 1
     return value, [value]
 
 
-# Settings that another setting limits -> a value to set instead of that of `another`
+# Settings that another setting limits -> command-line arguments instead of those of `another`
 LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
 
 
 @for_every_preset
 def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
-    expected, flags, count = {}, [], 0
+    expected, flags = {}, []
     for name, hint, value in settings(recipe):
         if name in LIMITED:
             arguments = LIMITED[name]
             value = arguments if len(arguments) > 1 else arguments[0]
-        elif name == "grid.cell":  # must divide the range
+        elif name == "grid.cell":  # must divide the range, whose ends `another` moves by 1 m each
             value = arguments = tuple(v / 2 for v in value)
         elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
             continue  # rejected for this recipe
@@ -85,10 +87,9 @@ def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
         flag = ".".join([*section, f"no-{field}" if value is False else field])
         flags += [f"--{flag}", *arguments]
         expected[name] = value
-        count += 1
     parsed = script.parse([*preset_flags, *flags]).recipe
     assert {name: value for name, _, value in settings(parsed) if name in expected} == expected
-    assert type(parsed) is type(recipe) and count >= 40
+    assert type(parsed) is type(recipe) and len(expected) >= 40  # the smallest recipe has 42 settings
 
 
 @for_every_preset
@@ -108,17 +109,19 @@ def test_short_and_full_flags_set_the_same_settings():
     short = train.parse(["--lr", 0.5, "--epochs", 3, "--batch-size", 7]).recipe.optim
     assert short == train.parse(["--optim.lr", 0.5, "--optim.epochs", 3, "--optim.batch-size", 7]).recipe.optim
     assert (short.lr, short.epochs, short.batch_size) == (0.5, 3, 7)
+    # a setting outside of the sections has only one flag
     assert finetune.parse(["--modality", "lidar", "--label-fraction", 0.5]).recipe.label_fraction == 0.5
 
 
-def test_flags_override_a_config(tmp_path):
+def test_flags_override_a_config_but_cannot_choose_another_recipe(tmp_path):
     args = train.parse(["--modality", "lidar", "--lr", 0.5, "--init", "a.pt", "b.pt", "--stop-at", 2, "--out", "x"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, steps=8)))
     again = train.parse(["--config", tmp_path / "config.json", "--optim.clip", 2, "--seed", 5])
     assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == tuple(
         path.resolve() for path in args.init
     )
-    assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
+    assert (again.seed, again.modality) == (5, "lidar")
+    assert again.out is None and again.stop_at is None  # not taken from the config
     for flags, words in {
         ("--modality", "camera"): "--modality camera differs from the run's --modality lidar",
         ("--preset", "segment"): "--preset segment differs from the run's --preset tiny",
@@ -156,6 +159,9 @@ def test_a_config_edited_by_hand_is_checked(edit, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:
         train.parse(["--config", tmp_path])
     assert "\n" not in str(error.value)
+
+
+def test_a_config_that_is_not_json_is_rejected(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"args": \xff')
     with pytest.raises(UserError, match="config.json is not JSON"):
         train.parse(["--config", tmp_path])
@@ -239,7 +245,7 @@ LIDAR = ["--modality", "lidar"]
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
-def test_settings_out_of_order_range_or_number_are_rejected(script, flags, words):
+def test_settings_with_a_wrong_order_range_or_count_are_rejected(script, flags, words):
     with pytest.raises(UserError, match=words) as error:
         script.parse(flags)
     assert "\n" not in str(error.value)
@@ -270,6 +276,7 @@ def test_settings_out_of_order_range_or_number_are_rejected(script, flags, words
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
 def test_errors_of_incompatible_settings_name_their_flags(flags, words):
+    """Of settings that only the model finds incompatible, when it is built."""
     with pytest.raises(UserError, match=words), torch.device("meta"):
         Pretrain(train.parse(flags).recipe)
 
@@ -288,6 +295,7 @@ def test_errors_of_incompatible_settings_name_their_flags(flags, words):
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) and v[0].startswith("--") else "",
 )
 def test_an_invalid_value_or_flag_is_rejected(script, flags, words, capsys):
+    """By tyro, which exits with code 2 and prints to stderr."""
     with pytest.raises(SystemExit) as end:
         script.parse(flags)
     out, err = capsys.readouterr()
@@ -309,17 +317,19 @@ def test_every_flag_has_a_help_text(script, flags, capsys):
     """tyro takes help texts from the comments after fields, but not if a field spans several lines."""
     with pytest.raises(SystemExit):
         script.parse([*flags, "--help"])
-    words = capsys.readouterr().out
-    described = re.split(r"\n\W{1,2}(?=--\w)", words.split("show this help message")[1])[1:]
-    for flag in described:
-        text = flag.split("\n╰")[0].split("(default")[0]
-        assert re.search(r"[a-z]{2,} [a-z]", " ".join(re.sub("[│─]", " ", text).split())), flag
+    printed = capsys.readouterr().out
+    # one entry per flag, which begins with it; --help itself is left out
+    entries = re.split(r"\n\W{1,2}(?=--\w)", printed.split("show this help message")[1])[1:]
+    for entry in entries:
+        text = entry.split("\n╰")[0].split("(default")[0]  # ╰: the end of a section's frame
+        # two words in a row: flags and types have none
+        assert re.search(r"[a-z]{2,} [a-z]", " ".join(re.sub("[│─]", " ", text).split())), entry
     own = [field.name for field in dataclasses.fields(script.Args) if field.name not in ("recipe", "checkpoint")]
     of_recipe = [name for name, *_ in settings(script.parse(flags).recipe)] if flags else []
-    assert len(described) == len(own) + len(of_recipe)
-    order = [words.index("--" + name.replace("_", "-") + " ") for name in ("preset", "seed", "device") if name in own]
-    assert flags == [] or max(order) < words.index("--grid.cell")  # the script's flags first, then the recipe's
-    assert "Recipe(" not in words
+    assert len(entries) == len(own) + len(of_recipe)
+    order = [printed.index("--" + name.replace("_", "-") + " ") for name in ("preset", "seed", "device") if name in own]
+    assert flags == [] or max(order) < printed.index("--grid.cell")  # the script's flags first, then the recipe's
+    assert "Recipe(" not in printed  # no default is a whole recipe
 
 
 def run(script, *flags, path=""):
@@ -330,8 +340,8 @@ def run(script, *flags, path=""):
 
 def test_a_run_is_resumed_and_repeated_from_its_folder_alone(city, tmp_path):
     """A run resumed with only its folder given is bitwise equal to an uninterrupted one; --config repeats it."""
-    flags = [*SMALL, "--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 2, "--val-every", 9]
-    flags += ["--lr", 1e-3]
+    flags = [*SMALL, "--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 2, "--lr", 1e-3]
+    flags += ["--val-every", 9]  # more than the steps: validates only at the start and at the end
     run("train", *flags, "--out", tmp_path / "straight")
     run("train", *flags, "--out", tmp_path / "run", "--stop-at", 1)
     assert checkpoint(tmp_path / "run")["step"] == 1
@@ -344,7 +354,7 @@ def test_a_run_is_resumed_and_repeated_from_its_folder_alone(city, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, flags, flag",
+    "script, flags, weights_flag",
     [
         (train, ["--modality", "camera"], "--init"),
         (train, ["--modality", "fusion"], "--init"),
@@ -352,15 +362,15 @@ def test_a_run_is_resumed_and_repeated_from_its_folder_alone(city, tmp_path):
     ],
     ids=["train camera", "train fusion", "finetune"],
 )
-def test_a_frozen_stage_needs_trained_weights(script, flags, flag, city, tmp_path):
+def test_a_frozen_stage_needs_trained_weights(script, flags, weights_flag, city, tmp_path):
     """The presets of the paper freeze the first stage: without trained weights it would stay random."""
     args = [*flags, "--data-root", city, "--device", "cpu", "--out", tmp_path / "run"]
     for resume in ("never", "auto"):
-        with pytest.raises(UserError, match=f"first stages, so their weights must come from {flag}"):
+        with pytest.raises(UserError, match=f"first stages, so their weights must come from {weights_flag}"):
             script.main(script.parse([*args, "--resume", resume]))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
-        script.main(script.parse([*args, "--preset", "tiny", "--camera.frozen-stages", 1, flag, "nowhere.pt"]))
+    with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):  # any path is accepted until it is opened
+        script.main(script.parse([*args, "--preset", "tiny", "--camera.frozen-stages", 1, weights_flag, "nowhere.pt"]))
 
 
 def test_weights_must_include_the_frozen_stages(tmp_path):
@@ -378,23 +388,24 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 
 def test_a_custom_dataset_is_chosen_by_its_class(toy, tmp_path):
     """With one camera and without fine-tuning tasks: train.py and eval.py run, finetune.py raises a user error."""
-    flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
+    choice = ["--dataset", "toy_set:Toy"]
+    flags = [*choice, "--data-root", tmp_path]
     one_step = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
     run("train", *SMALL, *flags, *one_step, path=tmp_path)
     assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"
     one_picture = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
-    run("eval", tmp_path / "run", *one_picture, *flags[:2], path=tmp_path)
+    run("eval", tmp_path / "run", *one_picture, *choice, path=tmp_path)
     with pytest.raises(UserError, match="--dataset toy_set:Toy does not support --task detect"):
         finetune.main(finetune.parse([*flags, "--device", "cpu", "--preset", "tiny"]))
-    assert train.parse(["--resume", tmp_path / "run", *flags[:2]]).dataset == "toy_set:Toy"
+    assert train.parse(["--resume", tmp_path / "run", *choice]).dataset == "toy_set:Toy"
 
 
 def test_a_run_folder_does_not_import_its_dataset_unless_the_flag_is_repeated(tmp_path):
     """The folder may come from someone else: only classes of `unipad.data` are imported without the flag."""
     recipe = PRETRAIN["lidar"]["tiny"]
     args = replace(train.parse(["--modality", "lidar"]), dataset="unipad.other.evil:Class")
-    config = run_config(args, 1)
+    config = run_config(args, steps=1)
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {"model": Pretrain(recipe).state_dict(), "config": config, "step": 1}
     torch.save(state, tmp_path / "last.pt")

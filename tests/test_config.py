@@ -1,4 +1,4 @@
-"""Presets: their models, values and documentation; recipes as dicts; a run's saved launch parameters."""
+"""Presets: their models, values and documentation; recipes as dicts; a run's saved launch parameters of kernels."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
 
 
 def test_recipes_of_the_paper():
-    """Sizes from the paper and the released configs."""
+    """Values from the paper and the released configs."""
     camera, lidar = PRETRAIN["camera"]["camera-0.1"], PRETRAIN["lidar"]["lidar-0.075"]
     assert camera.grid.shape == (128, 128, 5) and lidar.grid.shape == (180, 180, 5)
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
@@ -58,7 +58,7 @@ def test_number_of_parameters_of_the_final_camera_model():
     assert sum(p.numel() for p in net.parameters()) == 55_538_029
 
 
-def test_a_run_reuses_the_launch_parameters_in_its_tuning_json(tmp_path):
+def test_a_run_reuses_the_kernel_launch_parameters_in_its_tuning_json(tmp_path):
     cpu = torch.device("cpu")
     run = RunFolder(tmp_path, config={}, world=World(rank=0, size=1, device=cpu))
 

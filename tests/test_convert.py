@@ -88,7 +88,7 @@ def test_checkpoint_files_are_converted_to_ours_and_back(modality, finetuned, tm
     assert not unknown
     if finetuned:
         state["pts_bbox_head.code_weights"] = torch.rand(10)
-    if modality != "lidar":  # of the first stage, 24 channels, which the FPN never reads
+    if modality != "lidar":  # norm0 is of the first stage (24 channels), which the FPN never reads
         state |= {"img_backbone.norm0.weight": torch.ones(24), "img_backbone.norm0.bias": torch.zeros(24)}
     source, ours, back = (tmp_path / name for name in ("epoch_12.pth", "ours.pt", "back.pth"))
     torch.save({"meta": {"epoch": 12}, "state_dict": state, "optimizer": {"state": {0: {"step": 7}}}}, source)
@@ -113,8 +113,8 @@ def test_converted_recipes_truncate_voxel_coordinates_as_the_original():
 def test_a_larger_convnext_is_recognized():
     state = released("uvtr_cam_vs0.1_pretrain")
     wider = {k: torch.zeros(_wider(v.shape)) if k.startswith("img_backbone") else v for k, v in state.items()}
-    _, widths = CONVNEXT["base"]
-    for i, width in enumerate(widths[1:]):  # the stages that the FPN reads, with 128 channels
+    _, widths = CONVNEXT["base"]  # channels per stage
+    for i, width in enumerate(widths[1:]):  # from the stages that the FPN reads to its 128 channels
         wider[f"img_neck.lateral_convs.{i}.conv.weight"] = torch.zeros(128, width, 1, 1)
     ours, report = convert_unipad(wider)
     assert not report.faults, report
@@ -162,7 +162,8 @@ def test_1x1x1_kernels_of_spconv_2_are_transposed():
     assert torch.equal(to_original({"encoder.lidar.encoder.a": ours}, spconv=2)[0]["pts_middle_encoder.a"], weight)
 
 
-MODULES = {  # names in a ConvNeXt of two stages with one block each, in the order of the official file
+# library -> its names of the modules of a ConvNeXt of two stages with one block each, all in the official file's order
+MODULES = {
     "official": """downsample_layers.0.0 downsample_layers.0.1 downsample_layers.1.0 downsample_layers.1.1
         stages.0.0.dwconv stages.0.0.norm stages.0.0.pwconv1 stages.0.0.pwconv2
         stages.1.0.dwconv stages.1.0.norm stages.1.0.pwconv1 stages.1.0.pwconv2 norm head""",
@@ -180,13 +181,13 @@ MODULES = {  # names in a ConvNeXt of two stages with one block each, in the ord
         backbone.stages.1.0.norm backbone.stages.1.0.pointwise_conv1 backbone.stages.1.0.pointwise_conv2
         backbone.norm1 head.fc""",
 }
-SCALES = {  # names of the layer scales; {} is the index of the stage
+SCALES = {  # library -> its name of the layer scale of a stage's block; {} is `index` in `imagenet`
     "official": "stages.{}.0.gamma",
     "timm": "stages.{}.blocks.0.gamma",
     "torchvision": "features.{}.0.layer_scale",
     "mmpretrain": "backbone.stages.{}.0.gamma",
 }
-WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}
+WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}  # key of the state dict in the files of these libraries
 
 
 def imagenet(library, net):
@@ -197,7 +198,7 @@ def imagenet(library, net):
     state, weights = {}, net.state_dict()
     for ours, theirs in zip(MODULES["official"].split(), MODULES[library].split(), strict=True):
         for end in ("weight", "bias"):
-            state[f"{theirs}.{end}"] = weights.get(f"{ours}.{end}", torch.zeros(8))
+            state[f"{theirs}.{end}"] = weights.get(f"{ours}.{end}", torch.zeros(8))  # official names are ours too
     for i in range(2):
         gamma = weights[f"stages.{i}.0.gamma"]
         index = 2 * i + 1 if library == "torchvision" else i
@@ -383,7 +384,7 @@ def test_command_lines_are_parsed(line, args):
 
 
 def test_a_unet_is_converted_to_the_originals_keys_without_its_head_and_is_not_merged():
-    """The original has no segmentation head. A U-Net cannot be merged with a camera encoder: it makes no volume."""
+    """The original has no segmentation head. A U-Net is not merged with a camera encoder: no fusion recipe has one."""
     recipe = SEGMENT["lidar"]["tiny"]
     saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": to_dict(recipe)}}
     theirs, report = convert_ours(saved, spconv=2)

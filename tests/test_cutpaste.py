@@ -48,6 +48,7 @@ def devkit_box(box):
 
 
 def outline(box):
+    """The box in bird's-eye view, a polygon."""
     return MultiPoint(devkit_box(box).bottom_corners()[:2].T).convex_hull
 
 
@@ -79,7 +80,7 @@ def test_objects_match_the_boxes_points_and_images_of_the_frames(train, objects)
                 if picture is not None:
                     left, top, right, bottom = rectangles[rows == row][0]
                     expected = image[top:bottom, left:right].astype(int)
-                    assert picture.shape == expected.shape and np.abs(picture - expected).mean() < 12  # JPEG
+                    assert picture.shape == expected.shape and np.abs(picture - expected).mean() < 12  # of 255: JPEG
             k += 1
     assert k == len(objects.labels) > 50 and len(objects.pictures) > 20
 
@@ -94,7 +95,7 @@ def test_boxes_with_too_few_points_are_not_cut_out(train):
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
-    """Each class is filled up to `PASTE.counts`. empty: the boxes of the sample are removed first."""
+    """Each class is filled up to at most `PASTE.counts`. empty: the boxes of the sample are removed first."""
     sample = without_boxes(sample) if empty else sample
     before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
     pasted_of_class = np.zeros(10, int)
@@ -108,7 +109,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
         pasted_of_class += added
         outlines = [outline(box) for box in after.boxes.astype(float)]
         for i in range(n, len(outlines)):
-            assert max(outlines[i].intersection(o).area for o in outlines[:i] + outlines[i + 1 :]) < 1e-4
+            assert max(outlines[i].intersection(o).area for o in outlines[:i] + outlines[i + 1 :]) < 1e-4  # m^2
 
         # Points: first those of the sample outside of the pasted boxes, in order; then those of the objects.
         kept = ~points_in_boxes(sample.points, after.boxes[n:]).any(axis=0)
@@ -120,7 +121,8 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
         assert objects.labels[rows].tolist() == after.labels[n:].tolist()
         clouds = np.concatenate([objects._points(k) for k in rows])
         np.testing.assert_array_equal(after.points[kept.sum() :], clouds)
-    assert (pasted_of_class > 0).sum() >= (9 if empty else 2)  # of 10 classes; the others may be full
+    # of 10 classes; of the others the sample is full, or there is no object or no room
+    assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
 
 
 def test_pasting_depends_only_on_the_generator(sample, objects):
@@ -149,6 +151,7 @@ def test_rectangles_by_hand():
     rows, rectangles = visible_rectangles(boxes, LIDAR2IMAGE, (64, 64))
     assert rows.tolist() == [4, 0, 1]  # from far to near; not those behind or around the camera or outside the image
     expected = {0: [27, 27, 37, 37], 1: [0, 22, 10, 42], 4: [29, 29, 34, 34]}
+    # left, top, right, bottom; cube 1 is cut off by the image's left edge, and its right end is that of the far face
     assert [expected[r] for r in rows] == rectangles.tolist()
 
 
@@ -196,22 +199,23 @@ def test_pictures_are_pasted_from_far_to_near(tmp_path):
             expected[view][top:bottom, left:right] = colors[name]
             if name == "blue":
                 image[top:bottom, left:right] = colors[name]
-    scene = sample_with("blue", [image, image])
-    after = objects.paste_into(scene, np.random.default_rng(0))
+    before = sample_with("blue", [image.copy(), image.copy()])
+    after = objects.paste_into(before, np.random.default_rng(0))
     assert len(after.boxes) == 3 and len(after.points) == 15
     for view in range(2):
-        np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # JPEG
+        np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # of 255: JPEG
         # number of colors: gray and one per object, without red in the second camera
         assert len(np.unique(expected[view].reshape(-1, 3), axis=0)) == 4 - view
-    np.testing.assert_array_equal(scene.images[0], image)
+    assert all((unchanged == image).all() for unchanged in before.images)
 
 
-def test_pasting_ends_at_paste_until(city, train, objects):
+def test_pasting_ends_at_paste_until(city, objects):
     augment = Augment(rotation=0.1, shuffle=True)
     plain = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2), augment=augment)
     pasting = plain.with_objects(objects)
 
     def boxes(dataset, **stream):
+        """The boxes of the first four samples of a stream."""
         batches = step_batches(dataset, micro_batch=1, **stream)
         return [next(batches)[0].boxes.tolist() for _ in range(4)]
 
@@ -259,9 +263,10 @@ def test_objects_are_cut_out_again_when_the_tables_change(copy):
     table = copy / VERSION / "sample_annotation.json"
     records = json.loads(table.read_text())
     for record in records:
-        record["size"][2] += 1
+        record["size"][2] += 1  # the height, in meters
     table.write_text(json.dumps(records))
     after = load_objects(dataset_of(copy), PASTE)
+    # not by exactly 1 m: higher boxes contain more points, so other objects may have enough
     assert after.boxes[:, 5].mean() > before.boxes[:, 5].mean() + 0.5
     assert len(cache_files(copy)) == 2 and after.file.exists() and not before.file.exists()
 

@@ -54,7 +54,7 @@ def run_all_cases(city):
 def rewrite(path, change):
     """Replace a file by one with the bytes `change(data)`, or by a folder if that is None."""
     data = path.read_bytes()
-    path.unlink()
+    path.unlink()  # it may be a hard link to the intact file, which must not change
     changed = change(data)
     if changed is None:
         path.mkdir()
@@ -83,32 +83,35 @@ def in_checkpoint(change):
     return rewritten
 
 
-def put(*path):
-    """Set tree[path[0]][path[1]]... to the last of `path`."""
+# `put`, `remove` and `fill` return a `change` for `in_json` and `in_checkpoint`; path: keys into nested dicts and lists
+
+
+def put(*path_and_value):
+    """Set the entry at a path; `put("a", 0, 3)` sets tree["a"][0] = 3."""
 
     def change(tree):
-        *keys, last, value = path
-        for key in keys:
-            tree = tree[key]
-        tree[last] = value
+        *path, key, value = path_and_value
+        for outer_key in path:
+            tree = tree[outer_key]
+        tree[key] = value
 
     return change
 
 
 def remove(*path):
-    """Delete tree[path[0]][path[1]]..."""
+    """Delete the entry at a path."""
 
     def change(tree):
-        *keys, last = path
-        for key in keys:
-            tree = tree[key]
-        del tree[last]
+        *outer_keys, key = path
+        for outer_key in outer_keys:
+            tree = tree[outer_key]
+        del tree[key]
 
     return change
 
 
 def fill(*path):
-    """Fill the tensor tree[path[0]][path[1]]... with NaN."""
+    """Fill the tensor at a path with NaN."""
 
     def change(tree):
         for key in path:
@@ -118,8 +121,11 @@ def fill(*path):
     return change
 
 
+# These two return a change of a file's bytes
+
+
 def put_float(index, value):
-    """Overwrite number `index` of a file of float32; a LiDAR point has five."""
+    """Set number `index` of a file of float32, of which a LiDAR point has five."""
 
     def change(data):
         numbers = np.frombuffer(data, np.float32).copy()
@@ -139,19 +145,19 @@ def overwrite(fraction, size, byte):
     return change
 
 
-TABLE, LAST = "city/v1.0-mini/", "run/checkpoints/last.pt"
+TABLES, LAST = "city/v1.0-mini/", "run/checkpoints/last.pt"
 WEIGHT = "model", "encoder.lidar.encoder.encoder_layers.encoder_layer1.0.bn1.bias"  # path in the checkpoint
 # name -> (kind of `readers.KINDS`, pattern of the file, change of its bytes). "original": a checkpoint of UniPAD
 EXAMPLES = {
     # tables
-    "deep nesting": ("tables", TABLE + "visibility.json", lambda data: b"[" * 100_000 + data + b"]" * 100_000),
-    "a record is null": ("tables", TABLE + "scene.json", in_json(put(0, None))),
-    "a record is a number": ("tables", TABLE + "sample_data.json", in_json(put(0, 7.5))),
-    "a name is a dict": ("tables", TABLE + "scene.json", in_json(put(0, "name", {}))),
-    "a size is NaN": ("tables", TABLE + "sample_annotation.json", in_json(put(0, "size", [float("nan")] * 3))),
-    "a record of a log is a text": ("tables", TABLE + "log.json", in_json(lambda tree: ["text"])),
-    "a table is not UTF-8": ("tables", TABLE + "log.json", lambda data: b"\xb7" + data),
-    "an intrinsic is empty": ("tables", TABLE + "calibrated_sensor.json", in_json(put(1, "camera_intrinsic", [[]]))),
+    "deep nesting": ("tables", TABLES + "visibility.json", lambda data: b"[" * 100_000 + data + b"]" * 100_000),
+    "a record is null": ("tables", TABLES + "scene.json", in_json(put(0, None))),
+    "a record is a number": ("tables", TABLES + "sample_data.json", in_json(put(0, 7.5))),
+    "a name is a dict": ("tables", TABLES + "scene.json", in_json(put(0, "name", {}))),
+    "a size is NaN": ("tables", TABLES + "sample_annotation.json", in_json(put(0, "size", [float("nan")] * 3))),
+    "a record of the log table is a text": ("tables", TABLES + "log.json", in_json(lambda tree: ["text"])),
+    "a table is not UTF-8": ("tables", TABLES + "log.json", lambda data: b"\xb7" + data),
+    "an intrinsic is empty": ("tables", TABLES + "calibrated_sensor.json", in_json(put(1, "camera_intrinsic", [[]]))),
     # LiDAR
     "a coordinate is 1e10": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", put_float(10, 1e10)),
     "points are zeros": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", lambda data: bytes(len(data))),
@@ -165,7 +171,7 @@ EXAMPLES = {
     "weights with 0xff": ("init", LAST, overwrite(0.2, size=8192, byte=255)),
     "weights of an original with zeros": ("original", "original.pth", overwrite(0.5, size=8192, byte=0)),
     "a state with zeros": ("resumed", LAST, overwrite(0.7, size=8192, byte=0)),
-    "a checkpoint is {}": ("resumed", LAST, in_checkpoint(lambda tree: {"": 0})),
+    "a checkpoint has no known entry": ("resumed", LAST, in_checkpoint(lambda tree: {"": 0})),
     "a checkpoint is a list": ("resumed", LAST, in_checkpoint(lambda tree: [tree])),
     "a step is a list": ("resumed", LAST, in_checkpoint(put("step", []))),
     "no optimizer": ("resumed", LAST, in_checkpoint(lambda tree: {k: v for k, v in tree.items() if k != "optimizer"})),
@@ -283,6 +289,7 @@ def test_outcomes_are_classified(name, tmp_path):
     harness.expected = {"kind": Readout({"part": "1"})}
     harness.intact.mkdir()
     (harness.intact / "file").write_text("1")
+    # "zeros" is not one of `damage.DETECTABLE`: for a changed result, `checked` decides between SILENT and other
     result = harness.read_damaged(
         "kind", Path("file"), "zeros", lambda path: rewrite(path, lambda data: b"2"), seconds=1
     )

@@ -12,7 +12,7 @@ from unipad.data.tables import TABLES
 from unipad.draw import calibration
 
 TEXT = (Path(__file__).parents[1] / "docs/data.md").read_text()
-pytestmark = pytest.mark.usefixtures("own_user_cache")
+pytestmark = pytest.mark.usefixtures("own_user_cache")  # so that nothing is written outside of the test's folder
 
 
 def test_the_example_of_a_custom_rig_works(tmp_path, monkeypatch, capsys):
@@ -24,8 +24,8 @@ def test_the_example_of_a_custom_rig_works(tmp_path, monkeypatch, capsys):
     dataset = NuScenesDataset(root, version, "rig_train", Data())
     sample = dataset[2]
     assert len(dataset) == 3 and sample.images[0].shape == (192, 320, 3) and sample.boxes.shape == (0, 9)
-    # a point 10 m ahead of the LiDAR is at the principal point, 8.5 m ahead of the camera, which is mounted 1.5 m ahead
-    # of the LiDAR and 0.3 m below it
+    # the camera is mounted 1.5 m ahead of the LiDAR and 0.3 m below it: a point 10 m ahead of the LiDAR, at the height
+    # of the camera, is 8.5 m ahead of the camera and at the principal point
     ahead = sample.lidar2image[0] @ [0, 10, -0.3, 1]
     np.testing.assert_allclose(ahead[:3] / ahead[2], [160, 96, 1], atol=1e-3)
     assert ahead[2] == pytest.approx(8.5, abs=1e-4)

@@ -119,7 +119,7 @@ def test_a_camera_encoder_without_images_is_a_user_error(modality, toy, tmp_path
         toy.train_and_val(tmp_path, "any", PRETRAIN[modality]["tiny"], label_fraction=1.0, point_range=None)
 
 
-def test_label_fractions_are_checked_for_every_dataset(toy, tmp_path):
+def test_label_fractions_are_checked_by_the_base_class(toy, tmp_path):
     data = PRETRAIN["camera"]["tiny"].data
     assert len(toy(tmp_path, "any", "all", data, label_fraction=0.5)) == 2  # frames 0 and 2
     with pytest.raises(DataError, match="--label-fraction 0.7 is not 1/k"):

@@ -36,8 +36,8 @@ def test_complex_depth_matches_the_original():
 
 
 def test_receptive_field_of_aspp():
-    """Without the global average pooling: the cell itself and the eight cells around it at each distance of 6, 12 and
-    18, or fewer, where a ReLU cuts them off."""
+    """Without the global average pooling: the cell itself and, 6, 12 and 18 cells away from it, the eight in a ring of
+    3 x 3, or fewer, where a ReLU cuts them off."""
     net = ASPP(channels=2, hidden=3).eval().double()
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
@@ -80,14 +80,14 @@ RECORDED_CFG = CameraConfig(depth_range=(1.0, 61.0), depth_weight=3.0)
 
 
 def load_recorded():
-    """Batch, depths and arrays of the record voxel_pool_depth."""
+    """Batch, depths [B, N, h, w, bins] and arrays of the record voxel_pool_depth: two samples of six views."""
     arrays, _ = load("voxel_pool_depth")
     points = [arrays["in/points_0"], arrays["in/points_1"]]
     batch = replace(
         make_batch([[], []]),
-        images=torch.zeros(2, 6, 3, 256, 448),
+        images=torch.zeros(2, 6, 3, 256, 448),  # only their size is read
         image_sizes=arrays["in/pad_before_shape"][..., :2],
-        lidar2image=arrays["in/lidar2img"][:, :, 0],
+        lidar2image=arrays["in/lidar2img"][:, :, 0],  # of the only sweep
         points=torch.cat(points),
         point_counts=torch.tensor([len(p) for p in points]),
     )
@@ -97,7 +97,7 @@ def load_recorded():
 
 def test_targets_match_the_original():
     batch, _, arrays = load_recorded()
-    targets = depth_targets(batch, 16, 28, 30, RECORDED_CFG.depth_range)
+    targets = depth_targets(batch, h=16, w=28, bins=30, depth_range=RECORDED_CFG.depth_range)
     expected = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28)
     assert torch.equal(targets, expected) and (targets >= 0).sum() > 1000
 

@@ -21,8 +21,8 @@ from unipad.recipes import GRID_075
 
 # Grid of the records, 20 x 18 x 5 cells (x, y, z), and their heads: with denoising (UVTR-DN) and plain (UVTR)
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
-RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, max_detections=60)
-PLAIN = dataclasses.replace(RECORDED, denoising=False, code_weights=(1.0,) * 10, nms=())
+DENOISING = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, max_detections=60)
+PLAIN = dataclasses.replace(DENOISING, denoising=False, code_weights=(1.0,) * 10, nms=())
 # For tests without a record; their volumes mostly have 8 channels and 2 x 3 x 4 cells (z, y, x)
 SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, max_detections=20)
 
@@ -63,7 +63,7 @@ def assert_gradients_as_recorded(arrays, head, rel):
     assert expected.keys() == params.keys()
     _, record = load("uvtr_dn_head_train") if head.cfg.denoising else load("uvtr_head_eval")
     keys = [key.removeprefix("grad/") for key in record["noise_only_arrays"]["arrays"]]
-    zero, _ = from_original(dict.fromkeys(keys))  # gradients that are 0 except for rounding
+    zero, _ = from_original(dict.fromkeys(keys))  # our names of gradients that are 0 except for rounding
     for key, param in params.items():
         if f"head.{key}" in zero:
             assert param.grad.abs().max() < 1e-7, key
@@ -81,7 +81,7 @@ def test_plain_head_matches_the_original():
     volume = lift(
         [f.permute(0, 1, 3, 4, 2) for f in features],
         [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in depths],
-        arrays["in/lidar2img"][:, :, 0],
+        arrays["in/lidar2img"][:, :, 0],  # of the only sweep
         (height, width),
     )
     conv = ConvNormReLU3d(32, 32).eval()
@@ -92,10 +92,10 @@ def test_plain_head_matches_the_original():
     assert predictions.iou is None
     assert_close_to_max(predictions.logits, arrays["out/all_cls_scores"], 1e-5)
     assert_close_to_max(predictions.codes, arrays["out/all_bbox_preds"], 1e-5)
-    *ground_truth, counts = recorded_ground_truth(arrays)
-    ground_truth.append(counts.tolist())
-    assert_assigned_as_recorded(arrays, PLAIN, predictions, ground_truth)
-    losses = detection_losses(PLAIN, predictions, None, None, *ground_truth)  # no noisy queries
+    boxes, labels, counts = recorded_ground_truth(arrays)
+    listed = boxes, labels, counts.tolist()  # as the functions of `targets` take them
+    assert_assigned_as_recorded(arrays, PLAIN, predictions, listed)
+    losses = detection_losses(PLAIN, predictions, None, None, *listed)  # None, None: no noisy queries
     assert losses.keys() == {"class", "box"}
     assert_close_to_max(losses["class"], recorded_losses(arrays, "loss_cls"), 1e-5)
     assert_close_to_max(losses["box"], recorded_losses(arrays, "loss_bbox"), 1e-5)
@@ -120,13 +120,13 @@ def assert_same_boxes(boxes, expected, rel):
 
 def test_denoising_head_matches_the_original():
     arrays, _ = load("uvtr_dn_head_train")
-    head = recorded_head(arrays, RECORDED)
+    head = recorded_head(arrays, DENOISING)
     volume = arrays["in/pts_feats"].requires_grad_()
     boxes, labels, counts = ground_truth = recorded_ground_truth(arrays)
-    listed = boxes, labels, counts.tolist()
+    listed = boxes, labels, counts.tolist()  # as the functions of `targets` take them
     # 8 boxes, at most 5 in a sample: 30 queries allow 6 groups of 5 noisy ones, which come first
     noise = arrays["in/rand_0"].view(6, 8, 3)
-    noisy = noisy_queries(RECORDED, GRID, *listed, noise)
+    noisy = noisy_queries(DENOISING, GRID, *listed, noise)
     assert_close_to_max(noisy.references, arrays["out/dn_padded_reference_points"][:, :30], 1e-6)
     assert torch.equal(noisy.blocked, arrays["out/dn_attn_mask"])
     assert torch.equal(noisy.labels.flatten(), arrays["out/dn_known_labels"])
@@ -138,8 +138,8 @@ def test_denoising_head_matches_the_original():
         assert_close_to_max(ours.logits, arrays[f"{prefix}all_cls_scores"], 1e-5)
         assert_close_to_max(ours.codes, arrays[f"{prefix}all_bbox_preds"], 1e-5)
         assert_close_to_max(ours.iou[..., None], arrays[f"{prefix}all_iou_preds"], 1e-5)
-    assert_assigned_as_recorded(arrays, RECORDED, predictions, listed)
-    losses = detection_losses(RECORDED, predictions, noisy_predictions, noisy, *listed)
+    assert_assigned_as_recorded(arrays, DENOISING, predictions, listed)
+    losses = detection_losses(DENOISING, predictions, noisy_predictions, noisy, *listed)
     for name, term in {"class": "loss_cls", "box": "loss_bbox", "iou": "loss_iou"}.items():
         rel = 1e-4 if name == "iou" else 1e-5  # in fp32 an IoU is accurate to 1e-5
         assert_close_to_max(losses[name], recorded_losses(arrays, term), rel, name)
@@ -151,11 +151,11 @@ def test_denoising_head_matches_the_original():
     assert_close_to_max(volume.grad, arrays["grad/pts_feats"], 1e-5, "volume")
 
 
-@pytest.mark.parametrize("code_weights, name", [(RECORDED.code_weights, "cw"), (PLAIN.code_weights, "nocw")])
+@pytest.mark.parametrize("code_weights, name", [(DENOISING.code_weights, "cw"), (PLAIN.code_weights, "nocw")])
 def test_assignment_matches_the_original(code_weights, name):
     """name: in the record, with or without code weights."""
     arrays, _ = load("det_box_utils")
-    cfg = dataclasses.replace(RECORDED, code_weights=code_weights)
+    cfg = dataclasses.replace(DENOISING, code_weights=code_weights)
     boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
     boxes[:, 2] -= boxes[:, 5] / 2  # undoes the shift: the recorded z is that of the center
     logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]  # last layer, first sample
@@ -173,7 +173,7 @@ def test_assignment_matches_the_original(code_weights, name):
     [
         ("nmsfree", 0.0, ()),
         ("nmsfree_thr", 0.6, ()),
-        ("nmsfreeiou", 0.0, RECORDED.nms),
+        ("nmsfreeiou", 0.0, DENOISING.nms),
         ("nmsfreeiou_thr", 0.4, ()),
     ],
 )
@@ -182,7 +182,7 @@ def test_detections_match_the_original(name, min_score, nms):
     with NMS); thr: with a score threshold, for the latter without NMS."""
     arrays, _ = load("det_box_utils")
     denoising = name.startswith("nmsfreeiou")
-    cfg = dataclasses.replace(RECORDED, denoising=denoising, max_detections=80, min_score=min_score, nms=nms)
+    cfg = dataclasses.replace(DENOISING, denoising=denoising, max_detections=80, min_score=min_score, nms=nms)
     predictions = Predictions(arrays["in/coder_cls"], arrays["in/coder_box"], arrays["in/coder_iou"][..., 0])
     predictions = predictions if denoising else dataclasses.replace(predictions, iou=None)
     for b, result in enumerate(detections(cfg, predictions)):
@@ -219,7 +219,7 @@ def seeded(*seeds):
 @pytest.mark.parametrize("denoising", [False, True])
 @pytest.mark.parametrize("counts", [[3, 0], [0, 0], [0, 2], [1, 14]])
 def test_frames_without_and_with_too_many_boxes(counts, denoising):
-    """14 boxes are more than the 12 queries: there are no noisy queries, and all queries are assigned."""
+    """14 boxes in a sample are more than its 12 queries: then there are no noisy queries."""
     head = Head(dataclasses.replace(SMALL, denoising=denoising), GRID, channels=8)
     losses = head.losses(torch.randn(2, 8, 2, 3, 4), *some_boxes(counts), seeded(0, 1))
     names = {"class", "box"} | ({"iou", "noisy_class", "noisy_box", "noisy_iou"} if denoising else set())
@@ -243,6 +243,7 @@ def test_losses_depend_only_on_the_generators():
 
 
 def test_noise_of_a_sample_does_not_depend_on_the_others():
+    # [groups, boxes, 3] of two samples with 3 and 2 boxes, and of the second one alone
     both, second = draw_noise(SMALL, [3, 2], seeded(0, 1)), draw_noise(SMALL, [2], seeded(1))
     assert both.shape == (3, 5, 3) and torch.equal(both[:, 3:], second)
 
@@ -444,12 +445,12 @@ def test_a_lidar_detector_trains_and_detects():
         detect=SMALL,
     )
     boxes, labels, counts = some_boxes([2, 0])
-    none, points = torch.zeros(2, 0), torch.rand(40, 5)
+    no_images, points = torch.zeros(2, 0), torch.rand(40, 5)
     batch = Batch(
-        images=none,
-        image_sizes=none,
-        lidar2image=none,
-        lidar2camera=none,
+        images=no_images,
+        image_sizes=no_images,
+        lidar2image=no_images,
+        lidar2camera=no_images,
         points=points,
         point_counts=torch.tensor([10, 30]),
         boxes=boxes,

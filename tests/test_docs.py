@@ -22,12 +22,12 @@ def test_all_examples_are_found():
     assert len(EXAMPLES) == TEXT.count("```python") == 3
 
 
-def test_benchmarks_exist():
+def test_modules_of_the_commands_exist():
     commands = re.findall(r"python -m ([\w.]+)", TEXT)
     assert len(commands) > 10 and all(find_spec(module) for module in commands)
 
 
-def test_every_op_is_in_the_table():
+def test_every_op_is_in_a_table():
     """An op is a function `name` that has a reference `name_ref`."""
     ops = set()
     for file in (REPO / "kernels").glob("*.py"):

@@ -10,9 +10,9 @@ import pytest
 
 from tests import dry_step, scripts
 
-# step -> (most launches of our kernels, most PyTorch operators), in the dry run, which has one block per encoder stage
-# and no optimizer. Each launch and operator takes host time, which bounds the speed of a LiDAR step with one sample. (A
-# real GPU runs fewer operators: there one operator computes the norms of all gradients.)
+# step -> largest allowed (number of launches of our kernels, number of PyTorch operators) in the dry run, which has one
+# block per encoder stage and no optimizer. Each launch and operator takes host time, which bounds the speed of a LiDAR
+# step with one sample. (A real GPU runs fewer operators: there one operator computes the norms of all gradients.)
 BUDGETS = {
     "train camera-0.1": (13, 1366),
     "detect lidar-0.075": (92, 1807),
@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 
 def run(code):
-    """The JSON lines that code prints in a process without Triton's interpreter."""
+    """The JSON lines that `code` prints in a process without Triton's interpreter, where tests.dry_step is imported."""
     done = scripts.run("-c", f"import sys; from tests.dry_step import *; {code}", timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -46,7 +46,7 @@ def test_twenty_scenes_compile_no_more_than_the_first_ten():
     ((after_ten, after_twenty),) = run("print(json.dumps(count_specializations(20, first=10)))")
     assert after_twenty == after_ten
     assert len(after_twenty) >= 10  # kernels
-    # _gather_gemm_kernel is also specialized for the numbers of channels, by many convolutions
+    # specializations per kernel; _gather_gemm_kernel has more: for each number of channels of the convolutions
     assert max(n for kernel, n in after_twenty.items() if kernel != "_gather_gemm_kernel") <= 5
 
 
@@ -62,8 +62,8 @@ def test_every_recipe_is_covered():
 def test_seeded_faults_are_detected():
     """Operations with one deliberate ("seeded") fault each -> what the dry run reports; None: there is no fault.
 
-    Reports are the name of an exception, a launch's arguments on which another size would compile the kernel again, or
-    "shared" for more shared memory than a GPU of 99 KB has.
+    A report is the name of an exception; or a list of "<kernel> on <argument>", where another value of the argument
+    would compile the kernel again; or "shared", where a launch needs more shared memory than a GPU with 99 KB has.
     """
     reported = {line["seeded"]: line["found"] for line in run("print_seeded_faults()")}
     assert reported == {

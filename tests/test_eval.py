@@ -29,7 +29,7 @@ from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import World
 
-ONE_PROCESS = World(0, 1, torch.device("cpu"))
+ONE_PROCESS = World(rank=0, size=1, device=torch.device("cpu"))
 RECIPE = DETECT["lidar"]["tiny"]
 NO_DETECTIONS = Detections(torch.zeros(0, 9), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
@@ -70,12 +70,13 @@ def test_no_detections_score_zero(city, tmp_path):
     assert metrics == {"NDS": 0, "mAP": 0, "mATE": 1, "mASE": 1, "mAOE": 1, "mAVE": 1, "mAAE": 1}
     written = json.loads((tmp_path / "results_nusc.json").read_text())
     assert set(written["results"]) == set(tokens(validation(city))) and not any(written["results"].values())
-    words = table(json.loads((tmp_path / "metrics_summary.json").read_text()))
-    assert "mAP: 0.0000" in words and "NDS: 0.0000" in words
-    lines = {line.split()[0]: line.split()[1:] for line in words.splitlines()[-10:]}  # class -> AP, five errors
-    assert lines.keys() == set(CLASSES)
-    assert lines["car"] == ["0.000"] + 5 * ["1.000"]
-    assert lines["traffic_cone"] == ["0.000", "1.000", "1.000", "nan", "nan", "nan"]  # no heading, velocity, attribute
+    text = table(json.loads((tmp_path / "metrics_summary.json").read_text()))
+    assert "mAP: 0.0000" in text and "NDS: 0.0000" in text
+    per_class = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-len(CLASSES) :]}  # AP, five errors
+    assert per_class.keys() == set(CLASSES)
+    assert per_class["car"] == ["0.000"] + 5 * ["1.000"]
+    # ATE and ASE, but no AOE, AVE, AAE: cones have neither heading nor velocity nor attribute
+    assert per_class["traffic_cone"] == ["0.000", "1.000", "1.000", "nan", "nan", "nan"]
 
 
 def tokens(dataset):
@@ -86,14 +87,14 @@ def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
     root = shutil.copytree(city, tmp_path / "city")
     dataset = validation(root)
     lidar = [root / dataset.index.lidar_files[row].decode() for row in dataset.index.frame_lidar]
-    lidar[1].write_bytes(lidar[1].read_bytes()[:-7])
+    lidar[1].write_bytes(lidar[1].read_bytes()[:-7])  # cuts the last point in two
     model = tiny_detector()
     detected = detect_all(model, dataset, ONE_PROCESS, perfect_detector, batch_size=2)
     assert list(detected) == [tokens(dataset)[i] for i in (0, 2)]
     out, err = capsys.readouterr()
     assert f"skipped {lidar[1]}: is truncated" in err
     assert "incomplete: 1 of 3 frames of mini_val have no prediction" in out and "frames without detections" in out
-    lidar[2].rename(lidar[2].with_suffix(".away"))  # where a file is missing, the dataset lacks the frame
+    lidar[2].rename(lidar[2].with_suffix(".away"))  # a new dataset leaves this frame out
     detect_all(model, validation(root), ONE_PROCESS, perfect_detector)
     assert "incomplete: 2 of 3 frames of mini_val have no prediction" in capsys.readouterr().out
     lidar[2].with_suffix(".away").rename(lidar[2])
@@ -106,15 +107,18 @@ def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
 
 
 def test_a_submission_by_hand(city, tmp_path):
-    """Attributes depend on class and speed; the best 500 boxes are kept; boxes that the devkit rejects are dropped."""
+    """Attributes depend on class and speed; the best 500 boxes are kept; boxes that the devkit rejects are dropped.
+
+    The LiDAR frame is made the global frame, so that boxes are written with the coordinates that they have here.
+    """
     dataset = validation(city)
     index = replace(dataset.index, lidar2global=np.tile(np.eye(4), (len(dataset.index.lidar2global), 1, 1)))
-    boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)
-    boxes[1, 7] = boxes[3, 8] = 0.21  # velocity in m/s: above 0.2, objects count as moving
+    boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)  # x, y, z, w, l, h, yaw, vx, vy
+    boxes[1, 7] = boxes[3, 8] = 0.21  # m/s: above 0.2, objects count as moving
     boxes[4, 3], boxes[5, 0] = 0, math.nan  # rejected by the devkit
     names = ["car", "car", "pedestrian", "bicycle", "car", "car", "barrier"]
     labels = torch.tensor([CLASSES.index(name) for name in names])
-    few = Detections(boxes, torch.linspace(0.1, 0.7, 7), labels)
+    few = Detections(boxes, torch.linspace(0.1, 0.7, 7), labels)  # the best last; written best first
     many = Detections(boxes[:1].expand(600, 9), torch.arange(600) / 600, labels[:1].expand(600))
     file = tmp_path / "results_nusc.json"
     first, second, third = tokens(dataset)
@@ -187,6 +191,7 @@ def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
     assert "NDS: 0." in done.stdout and "Per-class results:" in done.stdout and "traffic_cone" in done.stdout
     out = detector_run / "eval"
     written = json.loads((out / "results_nusc.json").read_text())["results"]
+    # each of the 20 queries may give a box of each class
     assert len(written) == 3 and all(len(boxes) > 100 for boxes in written.values())
     assert json.loads((out / "metrics_summary.json").read_text())["mean_ap"] < 0.05
     assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20  # not blank
@@ -205,7 +210,7 @@ def test_a_folder_of_results_that_another_program_uses_is_refused(detector_run, 
 
 def test_a_converted_checkpoint_is_evaluated_on_the_synthetic_dataset(city, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "synthetic").symlink_to(city)
+    (tmp_path / "data" / "synthetic").symlink_to(city)  # the dataset of eval.py where none is given or recorded
     monkeypatch.chdir(tmp_path)
     run = save_run(tmp_path / "run", tiny_detector(), None)
     file = (run / "checkpoints" / "last.pt").rename(tmp_path / "lidar.pt")
@@ -221,7 +226,7 @@ def test_two_processes_have_the_detections_of_one(detector_run, tmp_path):
     assert one == two
 
 
-def test_tta_writes_a_valid_submission(detector_run, tmp_path, capsys):
+def test_tta_writes_boxes_that_the_devkit_scores(detector_run, tmp_path, capsys):
     flags = ["--tta", "--tta-scales", 1.0, 1.06, "--no-tta-flips", "--pictures", 1]
     evaluate(detector_run, *flags, "--out", tmp_path)
     assert "NDS: 0." in capsys.readouterr().out
@@ -229,7 +234,7 @@ def test_tta_writes_a_valid_submission(detector_run, tmp_path, capsys):
 
 
 def test_the_test_split_gives_only_a_submission(detector_run, city, tmp_path, capsys):
-    """The dataset is made to look like nuScenes' test set: with other scene names and no annotations."""
+    """The dataset is made to look like nuScenes' test set: with names of its scenes and no annotations."""
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index"))
     tables = root / "v1.0-test"
     (root / "v1.0-mini").rename(tables)
@@ -250,8 +255,8 @@ def test_eval_writes_metrics_frames_a_video_and_meshes_of_a_scene(camera_run, tm
     pytest.importorskip("skimage")
     flags = ["--scene", "scene-0103", "--picture-stride", 16, "--mesh", "--mesh-cell", 4.0]
     evaluate(camera_run, *flags, "--out", tmp_path)
-    words = capsys.readouterr().out
-    assert "psnr" in words and "depth_rmse" in words
+    printed = capsys.readouterr().out
+    assert "psnr" in printed and "depth_rmse" in printed
     written = json.loads((tmp_path / "render.json").read_text())
     assert written["frames"] == [0, 1, 2] and 0 < written["psnr"] < 30
     video = Image.open(tmp_path / "scene-0103.gif")
@@ -346,7 +351,9 @@ USER_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("run, flags, words", USER_ERRORS, ids=lambda value: " ".join(map(str, value)))
+@pytest.mark.parametrize(
+    "run, flags, words", USER_ERRORS, ids=[" ".join(map(str, [run, *flags])) for run, flags, _ in USER_ERRORS]
+)
 def test_a_user_error_is_one_sentence(run, flags, words, detector_run, camera_run):
     with pytest.raises(UserError) as error:
         evaluate({"detector": detector_run, "camera": camera_run}[run], *flags)

@@ -19,17 +19,17 @@ def test_every_record_has_a_row():
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_errors_are_within_their_tolerances(record):
-    contents, compared, median, largest, of_tolerance = CELLS[record]
+    contents, comparisons, median, largest, of_tolerance = CELLS[record]
     assert contents == RECORDS[record]
     if largest == "equal":
-        assert compared == of_tolerance == "" and median == "equal"
+        assert comparisons == of_tolerance == "" and median == "equal"
     else:
-        assert int(compared) > 0
-        assert float(median) <= float(largest) < 2e-2  # fractions of an array's largest entry
+        assert int(comparisons) > 0
+        assert float(median) <= float(largest) < 2e-2  # the largest tolerance, a fraction of an array's largest entry
         assert float(of_tolerance.removesuffix("%")) <= 100
 
 
-def test_the_page_by_hand():
+def test_rows_of_the_page_by_hand():
     """The last column is the largest ratio of error to tolerance; a record without comparisons is marked "equal"."""
     pairs = [(2e-4, 1e-3), (9e-6, 1e-5), (0.0, 1e-5)]  # error, tolerance
     errors = {name: [] for name in RECORDS} | {"fpn_vs01": pairs}

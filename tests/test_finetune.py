@@ -18,7 +18,7 @@ SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1
 
 
 def run(out, city, *flags):
-    """finetune.py in this process; of a flag that is given twice, the last one counts."""
+    """Run finetune.py in this process and return its run folder; of a flag that is given twice, the last one counts."""
     small = [*SMALL, "--modality", "lidar", "--data-root", city, "--out", out, "--steps", 4]
     finetune.main(finetune.parse([*small, *flags]))
     return out
@@ -65,11 +65,11 @@ def test_camera_and_fusion_detectors_train(modality, city, tmp_path):
 
 
 def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
-    """The schedule has four epochs and is run in four steps, and off_epochs is 1: the last step pastes nothing."""
+    """Four steps stand for the four epochs of the schedule, and off_epochs is 1: the last step pastes nothing."""
     tiny = recipes.DETECT["lidar"]["tiny"]
     optim = replace(tiny.optim, epochs=4)
-    paste = Paste(counts=(12,) * 10, min_points=1, off_epochs=1)
-    boxes = {}
+    paste = Paste(counts=(12,) * 10, min_points=1, off_epochs=1)  # up to 12 objects of each of the 10 classes
+    boxes = {}  # recipe -> number of boxes in each step
     for name, recipe in {
         "plain": replace(tiny, optim=optim),
         "pasted": replace(tiny, optim=optim, paste=paste),
@@ -77,7 +77,7 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
         "balanced and pasted": replace(tiny, optim=optim, balanced=True, paste=paste),
     }.items():
         monkeypatch.setitem(recipes.DETECT["lidar"], "tiny", recipe)
-        counts = boxes[name] = []  # number of boxes in each step
+        counts = boxes[name] = []
         forward = finetune.Detector.forward
 
         def recording(self, batch, rngs, counts=counts, forward=forward):
@@ -91,14 +91,15 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
     assert sum(boxes["pasted"][:3]) > sum(boxes["plain"][:3])
     assert sum(boxes["balanced and pasted"][:3]) > sum(boxes["balanced"][:3])
     assert boxes["balanced and pasted"][3] == boxes["balanced"][3]
-    # with the last of these recipes: a resumed run pastes the same objects
+    # the last of these recipes is still in use: a resumed run pastes the same objects
     run(tmp_path / "again", city, "--lr", 1e-9, "--stop-at", 2)
     run(tmp_path / "again", city, "--lr", 1e-9, "--resume", "auto")
     assert curve(tmp_path / "again") == curve(tmp_path / "balanced and pasted")
 
 
 def test_two_processes_have_the_losses_of_one(uninterrupted, city, tmp_path):
-    """Only the first step is compared: later ones differ by rounding, and by means that are taken per process."""
+    """Compared in the first step, since rounding grows in later ones; and only the losses that are divided by a number
+    of all processes. Those of the IoUs, for example, are means of each process."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 1, "--out", tmp_path / "two"]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--batch-size", 2]
     done = scripts.run_two("finetune.py", *flags)
@@ -110,16 +111,16 @@ def test_two_processes_have_the_losses_of_one(uninterrupted, city, tmp_path):
 
 
 def test_pretrained_encoders_are_loaded_and_the_rest_is_listed(city, tmp_path, capsys):
-    small = [*SMALL, "--data-root", city, "--steps", 1, "--val-samples", 1, "--rays.per-view", 8]
-    small += ["--picture-stride", 32, "--modality", "lidar", "--out", tmp_path / "runs" / "pre"]
-    train.main(train.parse(small))
+    flags = [*SMALL, "--data-root", city, "--steps", 1, "--val-samples", 1, "--rays.per-view", 8]
+    flags += ["--picture-stride", 32, "--modality", "lidar", "--out", tmp_path / "runs" / "pre"]
+    train.main(train.parse(flags))
     capsys.readouterr()
     out = run(tmp_path / "run", city, "--pretrained", tmp_path / "runs", "--steps", 1, "--lr", 1e-12)
     output = capsys.readouterr().out
     assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in output
     assert "ignored project, renderer" in output
     source, weights = checkpoint(tmp_path / "runs" / "pre")["model"], checkpoint(out)["model"]
-    # --lr 1e-12 keeps the weights, but the step updates the statistics of batch norms
+    # --lr 1e-12 keeps the weights, but the step updates the buffers of batch norms: running_*, num_batches_tracked
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     for name in taken:
         torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)
@@ -156,6 +157,6 @@ def test_a_frozen_encoder_keeps_its_weights(modality, city, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
+def test_wrong_flags_are_explained(flags, words, city, tmp_path):
     with pytest.raises(UserError, match=words):
         run(tmp_path / "run", city, *flags)

@@ -29,7 +29,7 @@ def device(request, monkeypatch):
 
 
 def record(name, device):
-    """Arrays of a record, without the last axis where it has length 1."""
+    """Arrays of a record; the last axis is dropped where it has length 1."""
     arrays = load(name)[0]
     return {k: (v.squeeze(-1) if v.ndim > 1 else v).to(device) for k, v in arrays.items()}
 
@@ -52,7 +52,7 @@ def test_near_and_far_of_rays(device):
 
 def test_rays_that_fail_an_assertion_of_the_original_are_marked_as_misses(device):
     rec = record("render_collider", device)
-    assert rec["out/miss_assert_fired"].all()
+    assert rec["out/miss_assert_fired"].all()  # the original's
     box = rec["in/scene_box_scaled"].tolist()
     near_plane = (rec["in/near_plane"] * rec["in/scale_factor"]).item()
     near, far, hit = clip_rays(rec["in/miss_origins"], rec["in/miss_directions"], box[:3], box[3:], near_plane)
@@ -68,6 +68,7 @@ def test_uniform_samples(device):
 
 
 def test_importance_samples(device):
+    """24 samples added to 40 uniform ones; `resample` draws and merges them in one op."""
     rec = record("render_samplers", device)
     edges = stratified_edges(rec["in/nears"], rec["in/fars"], S=40)
     new = sample_pdf(edges, rec["in/pdf_weights"], n=24)
@@ -84,8 +85,8 @@ def test_order_of_merged_samples(device):
     merged, order = merge(edges, new)
     starts = torch.cat([edges[:, :-1], new[:, :-1]], dim=1)
     assert torch.equal(starts.gather(1, order), merged[:, :-1])
-    original = starts.gather(1, rec["out/merge_sorted_index"])
-    assert_close_to_max(original, merged[:, :-1], EDGE_TOLERANCE)
+    in_original_order = starts.gather(1, rec["out/merge_sorted_index"])
+    assert_close_to_max(in_original_order, merged[:, :-1], EDGE_TOLERANCE)
     assert (order != rec["out/merge_sorted_index"]).double().mean() < 0.01
 
 
@@ -98,7 +99,7 @@ def test_jittered_samples(device):
 
 
 def test_importance_samples_of_neus(device):
-    """From the recorded weights of 72 uniform samples to the 96 samples that are rendered: 24 are added."""
+    """72 uniform samples, and 24 drawn by their recorded weights, are the 96 samples that are rendered."""
     rec = record("render_neus_eval", device)
     uniform = stratified_edges(rec["out/nears"], rec["out/fars"], S=72)
     points = rec["in/ray_o"][:, None] + uniform[:, :-1, None] * rec["in/ray_d"][:, None]
@@ -110,6 +111,7 @@ def test_importance_samples_of_neus(device):
 
 def test_alpha_of_neus(device):
     rec = record("render_neus_eval", device)
+    # the original's parameter "variance" is log(inv_s) / 10
     inv_s = torch.exp(10 * rec["state/pts_bbox_head.render_model.field.deviation_network.variance"])
     alpha = neus_alpha(rec["out/sdf"], rec["out/gradients"], rec["in/ray_d"], rec["out/deltas"], inv_s)
     assert_close_to_max(alpha, rec["out/alphas"], 1e-6)

@@ -19,9 +19,9 @@ from benchmarks.report import BEGIN, END, README_CASES, Folder, page, readme_tab
 ROOT = Path(__file__).parents[1]
 
 
-def row(op, case, impl, both_ms, device="GPU 1", commit="c1", note=""):
-    """A row of results.csv as `csv.DictReader` returns it."""
-    measured = "" if note else str(both_ms)
+def row(op, case, impl, ms, device="GPU 1", commit="c1", note=""):
+    """A row of results.csv as `csv.DictReader` returns it. ms: in all columns of times; with a note they are empty."""
+    measured = "" if note else str(ms)
     numbers = dict.fromkeys(("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb"), measured)
     return dict(op=op, case=case, impl=impl, **numbers, of_copy="0.1", error="1e-6", note=note, device=device,
                 torch="2", triton="3", commit=commit)  # fmt: skip
@@ -35,14 +35,15 @@ def test_the_table_shows_the_newest_rows_and_the_fastest_peer():
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "compiled", 9.0),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "wrong", 0.1, note="error 1"),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "triton, bit-equal", 2.0),
-        row("lift", "tiny", "triton", 0.1),
+        row("lift", "tiny", "triton", 0.1),  # not in README_CASES
         row("voxelize", "B=1", "triton", 0.5, device="GPU 2"),
     ]
     lines = readme_table(rows).splitlines()
-    assert len(lines) == 4
-    # ms, GPU ms, fastest peer, its ms, ratio, commit
+    assert len(lines) == 4  # two of the header, one per op and GPU
+    # after GPU, op, case: ms, GPU ms, fastest peer, its ms, ratio, commit
     assert lines[2].split(" | ")[3:] == ["1.000", "1.000", "compiled", "9.000", "9.0", "c1 |"]
-    assert lines[3].split(" | ")[5] == "-", "no other implementation ran on GPU 2"
+    # no other implementation ran on GPU 2
+    assert lines[3].split(" | ")[3:] == ["0.500", "0.500", "-", "-", "-", "c1 |"]
 
 
 def test_the_case_n_300_of_the_table_does_not_match_n_3000():
@@ -57,7 +58,7 @@ def test_ops_of_the_table_occur_in_the_benchmarks():
 
 def test_the_table_replaces_the_one_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    assert readme_table([]) == readme_table([row("lift", "tiny", "triton", 1)])
+    assert readme_table([]) == readme_table([row("lift", "tiny", "triton", 1)])  # not in README_CASES
     written = replace_table(readme, [row("voxelize", "B=1", "triton", 0.5)])
     assert "| GPU 1 | voxelize |" in written
     assert replace_table(written, []).split(BEGIN)[1].split(END)[0].strip() == readme_table([])
@@ -83,7 +84,7 @@ def test_rows_are_saved_once(tmp_path, monkeypatch):
         writer.writerow(row("voxelize", "B=1", "triton", 1.0))
     gpu.finish(folder)
     gpu.finish(folder)
-    assert len(harness.RESULTS.read_text().splitlines()) == 2
+    assert len(harness.RESULTS.read_text().splitlines()) == 2  # header, row
     assert "| GPU 1 | voxelize | B=1 | 1.000 |" in (tmp_path / "README.md").read_text()
     assert "| voxelize | B=1 | triton | 1 |" in (folder.path / "report.md").read_text()
 
@@ -92,10 +93,9 @@ def test_time_is_divided_among_the_requested_stages():
     assert sum(plan(Args().stages), []) == list(gpu.STAGES)
     assert set(gpu.STAGE_FRACTIONS) == set(gpu.STAGES) and abs(sum(gpu.STAGE_FRACTIONS.values()) - 1) < 1e-6
     assert plan(("tests", "machine")) == [["machine"], ["tests"]]
-    assert 29 < gpu.time_limit(["training"], time.time() + 30) <= 30
-    assert gpu.time_limit(["machine", "tests"], time.time() + 30) < 10
-    for op in gpu.OPS:
-        assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
+    # seconds of the first of these stages
+    assert 29 < gpu.time_limit(["training"], end=time.time() + 30) <= 30
+    assert gpu.time_limit(["machine", "tests"], end=time.time() + 30) < 10
 
 
 STALLS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -103,16 +103,16 @@ STALLS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); ti
 
 @pytest.mark.parametrize("code, limit, ended", [(STALLS, 0.5, "out of time"), ("exit(3)", 60, "exit code 3")])
 def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch, code, limit, ended):
-    original, requested = subprocess.Popen, []
+    original, requested = subprocess.Popen, []  # requested: of each process, the stages that it is started for
 
     def popen(command, **options):
-        requested.append(command[-2])  # the stages
+        requested.append(command[-2])
         return original([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(gpu, "time_limit", lambda names, end: limit)
     began, folder = time.monotonic(), Folder(tmp_path)
-    gpu.run(folder, ["selfcheck", "steps"], [], time.time() + 1)
+    gpu.run(folder, ["selfcheck", "steps"], later=[], end=time.time() + 1)
     assert time.monotonic() - began < 20
     assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("selfcheck", ended), ("steps", ended)]
     assert requested == ["selfcheck,steps", "steps"], "a new process for the remaining stage"
@@ -120,8 +120,11 @@ def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch
 
 
 def test_a_crash_between_stages_skips_no_stage(tmp_path, monkeypatch):
-    """After an illegal memory access in a kernel, `synchronize` may raise only after the stage has ended."""
-    original, requested = subprocess.Popen, []
+    """After an illegal memory access in a kernel, `synchronize` may raise only after the stage has ended.
+
+    Here each process writes that its first stage has ended, lets `gpu.run` read that, and exits before the next one.
+    """
+    original, requested = subprocess.Popen, []  # requested: of each process, the stages that it is started for
     code = """
 from benchmarks.report import Folder
 import pathlib, sys, time
@@ -131,14 +134,14 @@ exit(1)
 """
 
     def popen(command, **options):
-        requested.append(command[-2])  # the stages
+        requested.append(command[-2])
         return original([sys.executable, "-c", code, str(tmp_path), command[-2].split(",")[0]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     folder = Folder(tmp_path)
-    gpu.run(folder, ["op-lift", "op-voxelize", "op-composite"], [], time.time() + 60)
+    gpu.run(folder, ["op-lift", "op-voxelize", "op-composite"], later=[], end=time.time() + 60)
     assert [r["name"] for r in folder.records("ended")] == ["op-lift", "op-voxelize", "op-composite"]
-    assert {r["ended"] for r in folder.records("ended")} == {"failed"}
+    assert {r["ended"] for r in folder.records("ended")} == {"failed"}  # as the processes wrote it
     assert len(requested) == 3
 
 
@@ -148,7 +151,7 @@ def test_a_stage_that_fails_does_not_stop_the_next_one_in_its_process(tmp_path, 
     monkeypatch.setitem(gpu.STAGES, "steps", lambda folder: 1 / 0)
     monkeypatch.setitem(gpu.STAGES, "tests", lambda folder: folder.write("tests", {"line": "1 passed"}))
     folder = Folder(tmp_path)
-    gpu.work(str(tmp_path), "c1", str(time.time() + 60), "steps,tests", "training")
+    gpu.work(str(tmp_path), code_commit="c1", end=str(time.time() + 60), names="steps,tests", later="training")
     assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("steps", "failed"), ("tests", "ok")]
     begun = folder.records("begun")
     assert begun[0]["until"] < begun[1]["until"] < time.time() + 60
@@ -198,7 +201,7 @@ time.sleep(60)
 @pytest.mark.slow
 def test_stages_run_without_a_gpu(tmp_path):
     folder = Folder(tmp_path)
-    gpu.run(folder, ["machine", "op-composite", "tests"], [], time.time() + 300)
+    gpu.run(folder, ["machine", "op-composite", "tests"], later=[], end=time.time() + 300)
     log = (tmp_path / "log.txt").read_text()
     assert [r["ended"] for r in folder.records("ended")] == ["ok"] * 3, log
     assert "| bf16 matrix product |" in page(folder) and " passed in " in page(folder)
@@ -232,7 +235,7 @@ def test_a_step_whose_references_run_out_of_memory_keeps_its_measurements(tmp_pa
     fits = True
 
     class Step:
-        def __init__(self, *recipe):
+        def __init__(self, recipe, model, root):
             pass
 
         def __call__(self):
@@ -252,9 +255,9 @@ def test_a_step_whose_references_run_out_of_memory_keeps_its_measurements(tmp_pa
     monkeypatch.setattr(full_step, "city", lambda: tmp_path)
     folder = Folder(tmp_path)
     full_step.main(full_step.Args(("train/lidar/tiny",)), lambda record: folder.write("steps", record))
-    assert "| train/lidar/tiny | 1 | - | 2 | - | " in page(folder)
+    assert "| train/lidar/tiny | 1 | - | 2 | - | " in page(folder)  # loss, reference, gradient norm, reference
     (record,) = folder.records("steps")
-    (ours,) = full_step.rows(record | {"gpu_ms": 1.5})
+    (ours,) = full_step.rows(record | {"gpu_ms": 1.5})  # as measured on a GPU
     assert ours.impl == "triton" and ours.both_ms > 0 and ours.error is None
 
 
@@ -265,6 +268,7 @@ def test_a_record_of_a_step_gives_two_rows():
     assert ours["impl"] == "triton" and ours["gpu_ms"] == 1.5 and abs(ours["error"] - 0.1) < 1e-6
     assert reference["impl"] == "references" and reference["both_ms"] == 6.0 and reference["gpu_ms"] is None
     written = [{k: "" if v is None else str(v) for k, v in row.items()} for row in (ours, reference)]
+    # ms, GPU ms, fastest peer, its ms, ratio
     assert "| 2.000 | 1.500 | references | 6.000 | 3.0 |" in readme_table(written)
 
 
@@ -277,7 +281,7 @@ def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys):
     peers = {"wrong": lambda x: 1.1 * x, "nan": lambda x: x * float("nan"), "broken": broken}
     rows = compare("double", lambda x: 2 * x, None, peers, [Case("N=8", (x,), fwd_bytes=64)])
     assert [r.impl for r in rows] == ["wrong", "nan", "broken", "reference"]
-    assert rows[0].note.startswith("error 4.5e-01 exceeds") and rows[0].both_ms is None
+    assert rows[0].note.startswith("error 4.5e-01 exceeds") and rows[0].both_ms is None  # (2 - 1.1) / 2
     assert rows[1].note.startswith("error nan")
     assert rows[2].note == "RuntimeError: no kernel image"
     assert rows[3].note == "" and rows[3].both_ms > 0 and rows[3].gpu_ms is None
@@ -285,20 +289,19 @@ def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys):
 
 
 def test_only_the_reference_is_timed_with_few_runs(monkeypatch):
-    requested, checked = [], harness._checked
-    monkeypatch.setattr(
-        harness, "_checked", lambda *args, quick: requested.append(quick) or checked(*args, quick=quick)
-    )
+    quicks, checked = [], harness._checked
+    monkeypatch.setattr(harness, "_checked", lambda *args, quick: quicks.append(quick) or checked(*args, quick=quick))
     x = torch.rand(8, requires_grad=True)
     compare("double", lambda x: 2 * x, None, {"peer": lambda x: x + x}, [Case("N=8", (x,), fwd_bytes=64)])
-    assert requested == [False, True]
+    assert quicks == [False, True]  # peer, reference
 
 
-def test_torch_compile_is_tried_once_if_it_fails(monkeypatch):
+def test_torch_compile_is_tried_once_if_it_fails():
+    """Peers whose names begin with "compiled" are those of torch.compile; they run last."""
+
     def broken(x):
         raise RuntimeError("no double backward")
 
-    monkeypatch.setattr(harness, "deadline", time.monotonic() + 60)
     x = torch.rand(8, requires_grad=True)
     peers = {"compiled": broken, "other": broken}
     rows = compare(
@@ -308,24 +311,23 @@ def test_torch_compile_is_tried_once_if_it_fails(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ms, quick, counts", [(1, False, [3, 100]), (40, False, [3, 50]), (900, False, [3, 5]), (900, True, [3])]
+    "ms, quick, runs", [(1, False, [3, 100]), (40, False, [3, 50]), (900, False, [3, 5]), (900, True, [3])]
 )
-def test_number_of_timed_runs_on_a_gpu(monkeypatch, ms, quick, counts):
-    """Three runs estimate the time of a function; with quick=True there are no others."""
-    requested = []
+def test_number_of_timed_runs_on_a_gpu(monkeypatch, ms, quick, runs):
+    """Three runs estimate the time of a function, `ms`; with quick=True there are no others."""
+    counts = []
     monkeypatch.setattr(harness, "DEVICE", "cuda")
-    monkeypatch.setattr(harness, "_gpu_runs", lambda fn, count: requested.append(count) or [float(ms)] * count)
+    monkeypatch.setattr(harness, "_gpu_runs", lambda fn, count: counts.append(count) or [float(ms)] * count)
     assert harness.milliseconds(None, quick) == [ms] * 3  # median, 20th and 80th percentile
-    assert requested == counts
+    assert counts == runs
 
 
-def test_other_cases_run_if_the_reference_of_one_does_not_fit(capsys, monkeypatch):
+def test_other_cases_run_if_the_reference_of_one_does_not_fit(capsys):
     def reference(x):
         if len(x) > 8:
             raise torch.OutOfMemoryError
         return 2 * x
 
-    monkeypatch.setattr(harness, "deadline", time.monotonic() + 60)
     cases = [Case(f"N={n}", (torch.rand(n, requires_grad=True),), fwd_bytes=64) for n in (9, 8)]
     assert [r.case for r in compare("double", reference, None, {}, cases)] == ["N=8"]
     assert "| N=9 | all | skipped: the reference does not fit" in capsys.readouterr().out

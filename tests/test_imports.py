@@ -22,7 +22,10 @@ MODULES = {module_of(file): file for file in FILES}
 
 @cache
 def imports(module):
-    """{(imported module of this project, name imported from it or None)} for all imports of a module."""
+    """{(imported module of this project, name imported from it or None)} for all imports of a module.
+
+    Relative imports are not found: the project has none.
+    """
     tree = ast.parse((REPO / MODULES[module]).read_text())
     imported = set()
     for node in ast.walk(tree):
@@ -35,7 +38,7 @@ def imports(module):
     return imported
 
 
-def test_imports_follow_the_layers():
+def test_kernels_data_and_model_are_separate():
     def inside(module, folder):
         return f"{module}.".startswith(f"unipad.{folder}.")
 

@@ -33,6 +33,7 @@ class LayoutRecorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("convolution", "convolution_backward", "native_layer_norm"):
             self.calls += 1
+            # a backward takes the output's gradient and the input, and returns the input's gradient first
             features = [*args[: 2 if name == "convolution_backward" else 1], out if torch.is_tensor(out) else out[0]]
             for x in filter(torch.is_tensor, features):  # the gradient of images is None
                 layout = CHANNELS_LAST[x.dim()] if name.startswith("convolution") else torch.contiguous_format
@@ -86,7 +87,7 @@ def test_depth_probabilities_keep_the_dtype_of_their_logits():
         backbone=lambda *args: [], neck=lambda levels: [logits], input_proj=lambda x: x, depth_net=lambda x, _: x
     )
     for name, function in stubs.items():
-        delattr(encoder, name)
+        delattr(encoder, name)  # a function cannot replace a submodule that is still registered
         setattr(encoder, name, function)
     with torch.autocast("cpu", torch.bfloat16):
         _, (depth,) = encoder(torch.rand(1, 1, 3, 96, 128), torch.tensor([[[96, 128]]]))

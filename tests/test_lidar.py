@@ -17,7 +17,7 @@ from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import NORM, SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
-GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3 cells
+GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3 cells (x, y, z)
 TINY = config.LidarConfig(
     cell=(0.25, 0.25, 0.5), widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
     neck_widths=(8, 12), neck_strides=(1, 2), neck_layers=1, channels=6,
@@ -25,7 +25,7 @@ TINY = config.LidarConfig(
 
 
 def recorded_noise(arrays):
-    """The record's uniform random numbers, one per occupied block, scattered to 2 samples of 6 x 20 x 20 blocks."""
+    """The record's uniform random numbers, one per occupied block, scattered to [B, z, y, x] of all blocks."""
     noise = torch.zeros(2, 6, 20, 20)
     drawn = torch.cat([arrays["in/rand_masking_0"][0], arrays["in/rand_masking_1"][0]])
     noise[tuple(arrays["out/block_coords"].long().unbind(1))] = drawn
@@ -34,9 +34,9 @@ def recorded_noise(arrays):
 
 def test_mask_matches_the_original():
     arrays, record = load("sparse_encoder_mask_eval")
-    coords, mask = arrays["in/coors"], record["config"]["mae_cfg"]
-    edge = mask["downsample_scale"]  # voxels
-    visible = draw_voxel_mask(coords, recorded_noise(arrays), edge, mask["mask_ratio"])
+    coords, cfg = arrays["in/coors"], record["config"]["mae_cfg"]
+    edge = cfg["downsample_scale"]  # of a block, in voxels
+    visible = draw_voxel_mask(coords, recorded_noise(arrays), edge, cfg["mask_ratio"])
     kept = {tuple(c) for c in arrays["out/block_coords"][arrays["out/block_active"]].tolist()}
     assert visible.tolist() == [(b, z // edge, y // edge, x // edge) in kept for b, z, y, x in coords.tolist()]
 
@@ -99,12 +99,13 @@ def test_size_of_the_paper_model():
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, [5, 10, 0]), (0.8, [1, 2, 0]), (0.5, [2, 5, 0]), (0.25, [4, 8, 0])])
 def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
-    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; 1 - ratio of them are kept, rounded half to even."""
+    """Samples with 5, 10 and no occupied blocks, of 8 or 7 voxels; 1 - ratio of the blocks are kept, rounded half to
+    even."""
     occupied = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]  # indices into 3 x 4 x 5 blocks (z, y, x) of a sample
     coords = []
     for b, index in enumerate(occupied):
         z, y, x = index // (4 * 5), index // 5 % 4, index % 5
-        for dz, dy, dx in torch.cartesian_prod(*[torch.arange(2)] * 3)[: 8 - b]:
+        for dz, dy, dx in torch.cartesian_prod(*[torch.arange(2)] * 3)[: 8 - b]:  # voxels of a block
             coords.append(torch.stack([torch.full_like(z, b), z * 2 + dz, y * 2 + dy, x * 2 + dx], dim=1))
     coords = torch.cat(coords).int()
     coords = coords[torch.randperm(len(coords))]
@@ -123,7 +124,7 @@ def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
 
 
 def cloud(counts=(300, 200), seed=0):
-    """Points [P, 5] inside `GRID`: on the ground, on a wall and scattered; and their counts."""
+    """Points [P, 5] as in `Batch`, inside `GRID`: on the ground, on a wall and scattered; and their counts [B]."""
     gen = torch.Generator().manual_seed(seed)
     points = torch.rand(sum(counts), 5, generator=gen) * torch.tensor([16.0, 8, 6, 1, 0.5])
     points[::2, 2] = 0.3
@@ -147,7 +148,7 @@ def make_encoder(**settings):
 def sparse_part(encoder, *args):
     """Input and output (`SparseTensor`s) of `encoder.encoder` in a call of `encoder` with these arguments."""
     passed = []
-    handle = encoder.encoder.register_forward_hook(lambda _, args, out: passed.extend([*args, out]))
+    handle = encoder.encoder.register_forward_hook(lambda _, inputs, out: passed.extend([*inputs, out]))
     encoder(*args)
     handle.remove()
     return passed
@@ -175,7 +176,8 @@ def test_evaluation_without_gradients_is_fused(precision):
     encoder = make_encoder(blocks=2).eval()
     features, voxels = (x := sparse_part(encoder, *cloud())[0]).features, x.voxels
     net, cast = encoder.encoder, torch.autocast("cpu", precision, enabled=precision != torch.float32)
-    convolutions = sum(isinstance(m, SubMConv3d | SparseConv3d) for m in net.modules()) - 1  # not the last, 1 x 1 x 1
+    # the last one, 1 x 1 x 1, has no neighbor table and is not fused
+    convolutions = sum(isinstance(m, SubMConv3d | SparseConv3d) for m in net.modules()) - 1
     for change in (lambda norm: None, lambda norm: norm.running_mean.add_(0.5), lambda norm: norm.weight.mul_(2)):
         with torch.no_grad():
             [change(module) for module in net.modules() if isinstance(module, SyncedBatchNorm)]
@@ -200,14 +202,14 @@ def test_voxels_are_where_the_points_are():
     assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1
 
 
-def test_voxels_are_sorted_by_grid_index():
+def test_voxels_are_sorted_by_key():
     encoder = make_encoder()
     x, _ = sparse_part(encoder, *cloud())
     assert (x.voxels.keys().diff() > 0).all()
 
 
 def test_masked_blocks_are_not_encoded():
-    """Also in evaluation: points in masked blocks make no difference."""
+    """Points in masked blocks make no difference. Evaluation masks too, if it is given noise."""
     encoder = make_encoder().eval()
     points, counts = cloud((400,))
     noise = noise_of(encoder, 1)
@@ -264,8 +266,8 @@ def test_a_batch_without_points_works():
 
 
 def test_max_voxels_differs_between_training_and_evaluation():
-    """Both of the two samples have more voxels than that."""
-    encoder = make_encoder(max_voxels=(7, 40))
+    """Both samples of the cloud have more voxels than either limit."""
+    encoder = make_encoder(max_voxels=(7, 40))  # in training, in evaluation
     assert len(sparse_part(encoder, *cloud())[0].voxels) == 2 * 7
     assert len(sparse_part(encoder.eval(), *cloud())[0].voxels) == 2 * 40
 
@@ -296,7 +298,7 @@ def test_runs_are_bit_equal():
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """On a CPU in the interpreter; kernels whose results determine no size are not run, to save time."""
+    """Without a GPU, in the interpreter. Kernels whose results determine no size are not run, to save time."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     encoder = LidarEncoder(TINY, GRID).to(device)

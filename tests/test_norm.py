@@ -17,7 +17,7 @@ def batch(dtype):
 
 
 def norm_step(norm, x, d_out):
-    """The output, gradients and buffers of `norm`, with fixed random weights, after one forward and backward pass."""
+    """Output, gradients and buffers of `norm`, with a fixed random weight, after one forward and backward pass."""
     nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     x = x.clone().requires_grad_()
     out = norm(x)
@@ -39,7 +39,7 @@ def norm_step(norm, x, d_out):
     ],
 )
 def test_one_process_is_accurate_to_fp32(shape, memory_format):
-    """Compared with PyTorch's batch norm in fp64; in fp32 it sums rows one by one on a CPU, with errors of 1e-5."""
+    """Compared with PyTorch's batch norm in fp64; in fp32 PyTorch sums rows one by one on a CPU, off by 1e-5."""
     settings = dict(eps=1e-3, momentum=0.01)
     ours, exact = SyncedBatchNorm(3, **settings), nn.modules.batchnorm._BatchNorm(3, **settings).double()
     exact._check_input_dim = lambda x: None  # any number of dimensions
@@ -67,7 +67,7 @@ def test_a_single_row_becomes_the_bias():
     out = norm(x)
     out.sum().backward()
     assert torch.equal(out[0], norm.bias) and not x.grad.any()
-    torch.testing.assert_close(norm.running_mean, 0.1 * x[0].detach())
+    torch.testing.assert_close(norm.running_mean, 0.1 * x[0].detach())  # momentum 0.1, from 0
     torch.testing.assert_close(norm.running_var, torch.full((3,), 0.9))  # 0.9 * 1 + 0.1 * 0
 
 
@@ -80,14 +80,14 @@ def test_an_empty_input_does_not_change_the_running_statistics():
     assert norm.eval()(x).shape == (0, 3)
 
 
-# dtype, number of samples of rank 0 (of 4; rank 1 has the rest), allowed error
+# (dtype, number of samples of rank 0, allowed error); rank 1 has the rest of the 4 samples
 SPLITS = [(torch.float32, 2, 1e-5), (torch.float32, 1, 1e-5), (torch.bfloat16, 2, 1e-2), (torch.float32, 4, 1e-5)]
 
 
 def test_two_processes_match_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for (dtype, _, rel), a, b in zip(SPLITS, first, second, strict=True):
+    of_rank_0, of_rank_1 = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for (dtype, _, rel), a, b in zip(SPLITS, of_rank_0, of_rank_1, strict=True):
         whole = norm_step(nn.BatchNorm3d(3), *batch(dtype))
         for name in ("out", "d_x"):
             assert a[name].dtype == dtype

@@ -85,7 +85,7 @@ def test_boxes_match_the_devkit(nusc, dataset):
 
 
 def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
-    """At the first keyframe of a scene, where velocities are differences to the next one; later, between neighbors."""
+    """Checked at a scene's first keyframe, where velocities are differences to the next one, not between neighbors."""
     sample = dataset[0]
     record = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
     ego = nusc.get("ego_pose", record["ego_pose_token"])
@@ -129,7 +129,7 @@ def test_box_centers_project_as_in_the_devkit(nusc, dataset):
                     camera_frame = sample.lidar2camera[view] @ [*center[0], 1]
                     np.testing.assert_allclose(camera_frame[:3], box.center, atol=1e-3)
                     compared += 1
-    assert compared > 10
+    assert compared > 10  # centers
 
 
 def test_lidar_points_project_as_in_the_devkit(nusc, city):
@@ -140,13 +140,13 @@ def test_lidar_points_project_as_in_the_devkit(nusc, city):
         expected, depths, image = nusc.explorer.map_pointcloud_to_image(data["LIDAR_TOP"], data[camera])
         pixels, d = project(sample.lidar2image[view], sample.points[:, :3])
         w, h = image.size
-        (u, v), margin = pixels, 1  # pixel, as in the devkit
+        (u, v), margin = pixels, 1  # margin in pixels, as in the devkit
         inside = (d > 1) & (u > margin) & (u < w - margin) & (v > margin) & (v < h - margin)
         if inside.sum() == len(depths):  # else rounding moved a point over the margin: the points cannot be paired
             np.testing.assert_allclose(pixels[:, inside], expected[:2], atol=0.02)
             np.testing.assert_allclose(d[inside], depths, atol=1e-3)
             compared += inside.sum() > 0
-    assert compared >= 5
+    assert compared >= 5  # of the six cameras
 
 
 def test_images_match_their_files(nusc, dataset):
@@ -185,6 +185,7 @@ def test_sweeps_match_the_devkit(nusc, city, sweeps):
         points = sample.points[~on_the_ego_vehicle]
         np.testing.assert_allclose(points[:, :4], expected.points.T, atol=1e-3)
         np.testing.assert_allclose(points[:, 4], lags[0], atol=1e-6)
+    # the keyframe's points come first, unchanged
     keyframe = LidarPointCloud.from_file(nusc.get_sample_data_path(record["data"]["LIDAR_TOP"]))
     np.testing.assert_array_equal(sample.points[: keyframe.nbr_points(), :4], keyframe.points.T)
 
@@ -257,7 +258,8 @@ def test_label_fraction_keeps_every_kth_frame(city):
 
 @pytest.fixture
 def uneven(city):
-    """Twelve frames: no box in the first, cars in all others, a bus in the last six, pedestrians in every fourth."""
+    """Made-up labels of twelve frames (no file is read): no box in the first, cars in all others, a bus in the last
+    six, pedestrians in every fourth."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", Data())
     # classes: 0 car, 3 bus, 8 pedestrian
     per_frame = [[0, 0] + [3] * (f >= 6) + [8, 8] * (f % 4 == 3) if f else [] for f in range(12)]
@@ -309,7 +311,7 @@ def first_file(root, dataset, kind):
     """Path of a file of the dataset's frame 0: an image, the LiDAR points or their labels."""
     index = dataset.index
     name = {
-        "image": index.image_files[0, 2],
+        "image": index.image_files[0, 2],  # of one camera
         "lidar": index.lidar_files[index.frame_lidar[0]],
         "labels": index.lidarseg_files[0],
     }[kind]
@@ -375,7 +377,7 @@ def test_a_bad_frame_is_named_and_replaced_by_another(copy, kind, damage, reason
     tokens = [t.decode() for t in dataset.index.tokens]
     assert set(batch.tokens) == set(tokens[1:]) and len(batch) == 3
     assert bad_frames == [str(bad.value)]
-    assert [b.tokens for _, b in held_out_batches(dataset, 1)] == [(tokens[1],)]
+    assert [b.tokens for _, b in held_out_batches(dataset, count=1)] == [(tokens[1],)]
 
 
 def test_an_image_of_a_huge_size_is_rejected_before_decoding(copy, monkeypatch):
@@ -409,4 +411,4 @@ def test_no_readable_frame_is_a_user_error(copy, workers):
     with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):
         next(step_batches(dataset, micro_batch=1, workers=workers))
     with pytest.raises(DataError, match="none of the"):
-        next(held_out_batches(dataset, 1))
+        next(held_out_batches(dataset, count=1))

@@ -64,7 +64,7 @@ from unipad.evaluate.segmentation import (
     write_segmentation,
 )
 from unipad.evaluate.submission import score_submission, table
-from unipad.evaluate.tta import detect_tta, segment_tta, tta_views
+from unipad.evaluate.tta import detect_tta, make_transforms, segment_tta
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
@@ -256,7 +256,7 @@ def tta_transforms(args, task):
     """The transforms of --tta, [4, 4] each."""
     given = args.tta_scales, args.tta_angles
     scales, angles = (values or default for values, default in zip(given, TTA[task], strict=True))
-    return tta_views(scales, np.radians(angles), args.tta_flips)
+    return make_transforms(scales, np.radians(angles), args.tta_flips)
 
 
 def render(args, model, dataset, out, world):

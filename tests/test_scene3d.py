@@ -23,7 +23,7 @@ def sphere(radius, stride=1):
 @pytest.mark.parametrize("stride", [1, 8])
 def test_surface_is_a_strip_all_around(stride):
     rows, columns = (-(-size // stride) for size in scene3d.PANORAMA)
-    mesh = scene3d.surface(sphere(10.0, stride), columns)
+    mesh = scene3d.surface_mesh(sphere(10.0, stride), columns)
     assert mesh.vertices.shape == (rows * columns, 3) and len(mesh.faces) == 2 * (rows - 1) * columns
     sides = mesh.vertices[mesh.faces] - mesh.vertices[np.roll(mesh.faces, 1, axis=1)]
     assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(stride) * 1.5  # m: a square's diagonal is 1.41 sides
@@ -35,7 +35,7 @@ def test_surface_is_a_strip_all_around(stride):
 def test_surface_has_no_triangles_across_depth_discontinuities():
     ends = sphere(10.0).reshape(*scene3d.PANORAMA, 3)
     ends[:, :100] *= 3
-    mesh = scene3d.surface(ends.reshape(-1, 3))
+    mesh = scene3d.surface_mesh(ends.reshape(-1, 3))
     depth = np.linalg.norm(mesh.vertices, axis=1)[mesh.faces]
     assert (depth.max(axis=1) < 1.01 * depth.min(axis=1)).all() and len(mesh.faces) > 0
 
@@ -43,7 +43,7 @@ def test_surface_has_no_triangles_across_depth_discontinuities():
 def test_edges_of_a_box():
     # center, width, length, height, yaw, velocity
     box = torch.tensor([[10.0, 20.0, 1.0, 2.0, 4.0, 6.0, np.pi / 2, 0.0, 0.0]])  # yaw 90 degrees: 2 m in x, 4 m in y
-    mesh = scene3d.boxes(box, scene3d.TRUTH)
+    mesh = scene3d.box_mesh(box, scene3d.TRUTH)
     assert len(mesh.faces) == 12 * FACES_OF_BAR and (mesh.colors == 0).all()
     slack = scene3d.EDGE_SIZE
     assert abs(mesh.vertices.min(axis=0) - (9, 18, -2)).max() < slack
@@ -55,26 +55,26 @@ def test_edges_of_a_box():
 def test_only_keyframe_points_are_drawn_and_at_most_max_points(monkeypatch):
     points = torch.tensor([[float(i), 0.0, 0.0, 0.0, 0.1 * (i >= 5)] for i in range(7)])
     batch = replace(make_batch([[]]), points=points, point_counts=torch.tensor([7]))
-    assert len(scene3d.lidar(batch).faces) == 5  # the other two have a time lag
+    assert len(scene3d.point_mesh(batch).faces) == 5  # the other two have a time lag
     monkeypatch.setattr(scene3d, "MAX_POINTS", 2)
     colors = np.arange(5)[:, None] / [255, 255, 255]  # point i has the gray value i
-    mesh = scene3d.lidar(batch, colors)
+    mesh = scene3d.point_mesh(batch, colors)
     # every third of the five: points 0 and 3
     np.testing.assert_allclose(mesh.vertices.reshape(-1, 3, 3).mean(axis=1)[:, 0], [0, 3], atol=1e-6)
     assert mesh.colors[:, 0].tolist() == [0] * 3 + [3] * 3
 
 
 def test_no_boxes_are_an_empty_mesh_that_can_be_joined():
-    nothing = scene3d.boxes(torch.zeros(0, 9), [])
+    nothing = scene3d.box_mesh(torch.zeros(0, 9), [])
     assert len(nothing.vertices) == len(nothing.colors) == len(nothing.faces) == 0
-    one = scene3d.boxes(torch.ones(1, 9), scene3d.TRUTH)
+    one = scene3d.box_mesh(torch.ones(1, 9), scene3d.TRUTH)
     # a box has 12 bars of 6 faces and 6 vertices each, 72 faces and 72 vertices in all
     np.testing.assert_array_equal(scene3d.joined(nothing, one, one).faces[72:], one.faces + 72)
 
 
 def test_tensorboard_reads_the_vertices(tmp_path):
     run = RunFolder(tmp_path, {}, World(0, 1, torch.device("cpu")))
-    mesh = scene3d.boxes(torch.ones(1, 9), scene3d.TRUTH)
+    mesh = scene3d.box_mesh(torch.ones(1, 9), scene3d.TRUTH)
     run.scene("val", mesh, 3)
     run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0})  # 0: keep all

@@ -23,7 +23,7 @@ from unipad.evaluate.segmentation import (
     segmentation_table,
     write_segmentation,
 )
-from unipad.evaluate.tta import segment_tta, tta_views
+from unipad.evaluate.tta import make_transforms, segment_tta
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter, classes_of
 from unipad.recipes import PRETRAIN, SEGMENT
@@ -157,7 +157,7 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
 def test_logits_of_views_are_summed_per_point(validation):
     """Ground truth as logits stays perfect. Logits equal to x and y cancel in the sum over all eight views, not over
     seven."""
-    eight = tta_views(angles=np.radians([0, 90]))  # each with four flips
+    eight = make_transforms(angles=np.radians([0, 90]))  # each with four flips
     linear_parts = {tuple(np.round(view[:2, :2], 6).flatten() + 0) for view in eight}  # + 0: no -0
     assert len(linear_parts) == 8  # no two views are the same
 

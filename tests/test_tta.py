@@ -13,10 +13,10 @@ from unipad.data.dataset import collate
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.evaluate.submission import MAX_BOXES
-from unipad.evaluate.tta import detect_tta, merged, transformed_batch, tta_views
+from unipad.evaluate.tta import detect_tta, make_transforms, merged, transformed_batch
 from unipad.model.detect import Detections
 
-VIEWS = tta_views(scales=(1.0, 1.06, 0.96), angles=(0.0, 0.3), flips=True)
+VIEWS = make_transforms(scales=(1.0, 1.06, 0.96), angles=(0.0, 0.3), flips=True)
 
 
 def first_frames(root, count, **settings):
@@ -27,8 +27,8 @@ def first_frames(root, count, **settings):
 
 def test_views_by_hand():
     assert len(VIEWS) == 3 * 2 * 4 and np.array_equal(VIEWS[0], np.eye(4))
-    assert [np.diag(view).tolist() for view in tta_views()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
-    (view,) = tta_views(scales=(2.0,), angles=(math.pi / 2,), flips=False)
+    assert [np.diag(view).tolist() for view in make_transforms()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
+    (view,) = make_transforms(scales=(2.0,), angles=(math.pi / 2,), flips=False)
     assert view @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
 
 
@@ -115,6 +115,6 @@ def test_tta_with_only_the_identity_view_is_merging(city):
     model = tiny_detector().eval()
     _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
     (plain,) = model.detect(batch)
-    (with_tta,) = detect_tta(model.detect, tta_views(flips=False), batch)
+    (with_tta,) = detect_tta(model.detect, make_transforms(flips=False), batch)
     expected = merged([plain])
     assert torch.equal(with_tta.boxes, expected.boxes) and torch.equal(with_tta.scores, expected.scores)

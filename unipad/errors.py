@@ -1,5 +1,5 @@
-"""User-facing errors: one sentence, exit code 2. Does not import torch, so that the workers of the synthetic city
-start without it."""
+"""User-facing errors: one sentence, exit code 2. Does not import torch, so that the processes that generate the
+synthetic city start without it."""
 
 import dataclasses
 import os
@@ -30,7 +30,8 @@ def check_numbers(value, name: str = ""):
     """Refuse numbers that make no sense as a setting: infinite, NaN, or too large or small for fp32 and int32
     (a seed: int64).
 
-    value: a number, tuple or dataclass, whose fields are checked recursively; name: of the flag. Raises `UserError`.
+    value: a number, tuple or dataclass, whose fields are checked recursively; name: of the field, dotted. Raises
+    `UserError`.
     """
     if dataclasses.is_dataclass(value):
         for field, inner in vars(value).items():

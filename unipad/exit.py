@@ -75,8 +75,8 @@ def exit_on_user_error():
     """End the program as this module describes, for a `UserError`, a signal, or a system error such as a full disk."""
 
     def stop(number, _):
-        for other in SIGNALS:  # nothing interrupts the cleanup
-            signal.signal(other, signal.SIG_IGN)
+        for each in SIGNALS:  # nothing interrupts the cleanup
+            signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
     handle_signals(stop)
@@ -123,20 +123,20 @@ def _sentence_of(error):
 
 
 def _say(sentence, code):
-    """Print one line and write a user's error to torchrun's report; returns `code`.
+    """Print one line, and write an error (code 2) to torchrun's report; returns `code`.
 
-    Only the main process prints; a user's error without torchrun, whose report would show it, is printed by all.
+    Only the main process prints. But without torchrun, whose report would show it, every process prints its error.
     """
-    handle_signals(signal.SIG_DFL)
-    file, is_main = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK", "0") == "0"
-    if file and code == 2 and not is_main:
-        time.sleep(5)  # the main process raises the same error, and then torchrun ends this one
+    handle_signals(signal.SIG_DFL)  # a signal from now on ends the process at once
+    report, is_main = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK", "0") == "0"
+    if report and code == 2 and not is_main:
+        time.sleep(5)  # so the main process, with the same error, ends first; then torchrun ends this one
     with contextlib.suppress(OSError):  # where the report or stderr cannot be written
-        if file and code == 2:
+        if report and code == 2:
             extra = {"py_callstack": str(sentence), "timestamp": str(int(time.time()))}
-            with open(file, "w") as f:
-                json.dump({"message": {"message": str(sentence), "extraInfo": extra}}, f)
-        if is_main or not file and code == 2:
+            with open(report, "w") as file:
+                json.dump({"message": {"message": str(sentence), "extraInfo": extra}}, file)
+        if is_main or not report and code == 2:
             print(sentence, file=sys.stderr, flush=True)
     return code
 
@@ -190,6 +190,6 @@ class _Guarded:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
-            handler = signal.getsignal(signal.SIGTERM)  # that of all SIGNALS; a run's saves a checkpoint first
+            handler = signal.getsignal(signal.SIGTERM)  # as for all SIGNALS; in training it saves a checkpoint
             if callable(handler):
                 handler(SIGPIPE, None)

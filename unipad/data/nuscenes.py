@@ -30,7 +30,7 @@ from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
-from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
+from unipad.data.tables import find_root, load_camera_sweeps, load_index, samples_of_scenes, tables_state
 
 MAX_INTENSITY = 65535.0  # a larger one means a damaged file: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
@@ -90,7 +90,7 @@ class NuScenesDataset(DrivingDataset):
 
     def scenes(self):
         row_of = {self.index.tokens[f].decode(): i for i, f in enumerate(self.frames)}
-        scenes = scene_tokens(self.root, self.version)
+        scenes = samples_of_scenes(self.root, self.version)
         rows = {name: [row_of[t] for t in tokens if t in row_of] for name, tokens in scenes.items()}
         return {name: of_scene for name, of_scene in rows.items() if of_scene}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from unipad.data.dataset import DataError
 
-MAX_LENGTH = 1000  # characters of a name; fixed-width arrays are as wide as the longest one
-MAX_INTEGER = 2**62  # integers are smaller: so the difference of two times, in microseconds, fits into int64
+MAX_LENGTH = 1000  # characters of a name: the index stores names in arrays whose every entry is as wide as the longest
+MAX_INTEGER = 2**62  # integers must be smaller: so the difference of two times, in microseconds, fits into int64
 MAX_TRANSLATION = {"calibrated_sensor": 100.0, "ego_pose": 1e8}  # meters per axis; UTM coordinates reach 1e7
 
 
@@ -52,7 +52,7 @@ def open_tables(root: Path, version: str, verbose: bool):
         def __make_reverse_index__(self, verbose):
             _check_references(self, folder)
             maps = self.map
-            self.map = maps or [{"token": "", "log_tokens": []}]  # the devkit looks at the first one
+            self.map = maps or [{"token": "", "log_tokens": []}]  # the devkit reads map[0] even if there is none
             super().__make_reverse_index__(verbose)
             self.map = maps
 
@@ -67,9 +67,9 @@ def fault(folder: Path, table: str, row: int, what: str) -> DataError:
 def box_fault(annotation: dict) -> str | None:
     """Why the box of a row of sample_annotation cannot be used; None if it can."""
     size, (center, rotation) = annotation["size"], (annotation[name] for name in ("translation", "rotation"))
-    if not all(0 < edge <= 100 for edge in size):  # also where one is NaN; the longest road trains have 54 m
+    if not all(0 < edge <= 100 for edge in size):  # NaN fails too; the longest road trains have 54 m
         return f"size {size} is not between 0 and 100 m"
-    if not all(abs(meters) <= MAX_TRANSLATION["ego_pose"] for meters in center):
+    if not all(abs(meters) <= MAX_TRANSLATION["ego_pose"] for meters in center):  # both are in the global frame
         return f"translation {center} is not a place"
     return None if _is_unit(rotation) else f"rotation {rotation} is not a unit quaternion"
 
@@ -86,7 +86,7 @@ def _check_references(tables, folder):
             raise fault(folder, name, number, f"has the token of an earlier row, {rows[number]['token']}")
     for name, fields in REFERENCES.items():
         for field, target in fields.items() if name in tokens else ():  # lidarseg is optional
-            known = tokens[target] | ({""} if target == name else set())  # a chain ends with ""
+            known = tokens[target] | ({""} if target == name else set())  # prev and next: "" at the ends of a chain
             for number, row in enumerate(getattr(tables, name)):
                 if row[field] not in known:
                     raise fault(folder, name, number, f"{field} {row[field]} is in no row of {target}.json")
@@ -113,7 +113,7 @@ def _is_file(value):
 
 
 def _is_number(value):
-    """A float, NaN included, or an integer that converts to one."""
+    """A float, NaN included, or an integer below `MAX_INTEGER`, but no bool."""
     return isinstance(value, float) or (type(value) is int and abs(value) < MAX_INTEGER)
 
 
@@ -137,12 +137,8 @@ def _is_unit(value):
     return abs(math.hypot(*value) - 1) < 0.01  # False for NaN
 
 
-def _is_translation(most):
-    return lambda value: _is_vector(value) and all(abs(meters) <= most for meters in value)
-
-
 def _is_intrinsic(value):
-    """Empty, or a matrix that maps camera meters to pixels and has an inverse."""
+    """Empty, as for sensors that are no cameras, or a matrix that maps camera meters to pixels and has an inverse."""
     if value == []:
         return True
     if not (isinstance(value, list) and len(value) == 3 and all(map(_is_vector, value))):
@@ -155,6 +151,7 @@ def _is_intrinsic(value):
     )
 
 
+# Checks of a field: (function that says whether a value is valid, what is expected, for the message)
 NAME = _is_name, f"text of at most {MAX_LENGTH} characters"
 FILE = _is_file, "the path of a file below the root"
 COUNT = _is_count, "a number that is 0 or more"
@@ -166,11 +163,17 @@ BYTE = (lambda value: value is None or (type(value) is int and 0 <= value < 256)
 
 
 def _translation(table):
-    return _is_translation(MAX_TRANSLATION[table]), f"three numbers of at most {MAX_TRANSLATION[table]:.0f} meters"
+    """The check, as above, of the field `translation` of a table."""
+    most = MAX_TRANSLATION[table]
+
+    def is_valid(value):
+        return _is_vector(value) and all(abs(meters) <= most for meters in value)
+
+    return is_valid, f"three numbers of at most {most:.0f} meters"
 
 
-# table -> field -> check, of the fields that are read; `read_table` adds tokens and references. Of boxes only the types
-# are checked: a box with impossible values is left out (`box_fault`), while a fault found here rejects the dataset.
+# table -> field -> check, of the fields that are read; `read_table` adds `token` and `REFERENCES`. Of boxes only the
+# types are checked: a box with impossible values is left out (`box_fault`); a fault found here rejects the dataset.
 FIELDS = {
     "category": {"name": NAME, "index": BYTE},  # only lidarseg needs the index
     "attribute": {"name": NAME},
@@ -195,7 +198,7 @@ FIELDS = {
     "lidarseg": {"filename": FILE},
 }
 
-# table -> field -> the table whose token it holds
+# table -> field -> the table whose token it holds, of the fields that are read
 REFERENCES = {
     "calibrated_sensor": {"sensor_token": "sensor"},
     "sample": {"scene_token": "scene"},

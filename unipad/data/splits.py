@@ -1,8 +1,8 @@
-"""Which scenes belong to which split: nuScenes' own splits, and a dataset's in `<version>/splits.json`.
+"""Which scenes belong to which split: nuScenes' splits, and custom splits in `<version>/splits.json`:
 
     {"city_train": ["scene-1", "scene-2"], "city_val": ["scene-3"]}
 
-The devkit reads this file for custom splits, so its evaluation supports them too. A split whose name ends in _train,
+The devkit reads this file too, so its evaluation supports custom splits. A split whose name ends in _train,
 _val or _test has that purpose. Names of nuScenes' splits are refused: the devkit would use nuScenes' scenes.
 """
 
@@ -12,31 +12,31 @@ from pathlib import Path
 
 from unipad.data.dataset import DataError
 
-# {suffix of the version: {purpose: split}} of nuScenes' own splits
+# {suffix of the version: {purpose: split}} of nuScenes' splits
 SPLITS = {
     "trainval": {"train": "train", "val": "val"},
     "test": {"test": "test"},
     "mini": {"train": "mini_train", "val": "mini_val"},
 }
 PURPOSES = ("train", "val", "test")
-# Names of all of the devkit's own splits; train_detect and train_track are two parts of train, not used here
+# Names of all of nuScenes' splits in the devkit; train_detect and train_track are two parts of train, not used here
 RESERVED = {"train", "val", "test", "mini_train", "mini_val", "train_detect", "train_track"}
 
 
 def splits_of(root: Path, version: str) -> dict[str, str]:
     """{purpose: split} of a version; a split without a purpose has its name as key. root: from `tables.find_root`.
 
-    A split of splits.json replaces nuScenes' own of the same purpose. Raises `DataError` for a version that has none,
+    A custom split replaces nuScenes' split of the same purpose. Raises `DataError` for a version without any splits,
     and for a malformed splits.json.
     """
-    own = {}
-    for name in own_splits(root, version):
+    custom = {}
+    for name in custom_splits(root, version):
         purpose = name.rpartition("_")[2]
         purpose = purpose if purpose in PURPOSES else name
-        if purpose in own:
-            raise DataError(f"{root / version}/splits.json has two splits for {purpose}, {own[purpose]} and {name}.")
-        own[purpose] = name
-    splits = SPLITS.get(version.rpartition("-")[2], {}) | own
+        if purpose in custom:
+            raise DataError(f"{root / version}/splits.json has two splits for {purpose}, {custom[purpose]} and {name}.")
+        custom[purpose] = name
+    splits = SPLITS.get(version.rpartition("-")[2], {}) | custom
     if not splits:
         versions = ", ".join(f"v1.0-{suffix}" for suffix in SPLITS)
         raise DataError(
@@ -46,7 +46,7 @@ def splits_of(root: Path, version: str) -> dict[str, str]:
     return splits
 
 
-def own_splits(root: Path, version: str) -> dict[str, list[str]]:
+def custom_splits(root: Path, version: str) -> dict[str, list[str]]:
     """{split: names of its scenes} of `<version>/splits.json`; {} without such a file. Raises `DataError`
     for a malformed one."""
     file = root / version / "splits.json"
@@ -74,7 +74,7 @@ EXAMPLE = '{"city_train": ["scene-1"], "city_val": ["scene-2"]}'
 
 
 def check_scenes(file: Path, splits: dict[str, list[str]], known: set[str]):
-    """Raises `DataError` where `splits`, those of `own_splits`, name a scene that is not `known`, or use one both for
+    """Raises `DataError` where `splits`, from `custom_splits`, name a scene that is not `known`, or use one both for
     training and for validation."""
     for name, scenes in splits.items():
         if unknown := [scene for scene in scenes if scene not in known]:

@@ -1,6 +1,6 @@
 """The tables of a nuScenes dataset on disk: where they are, and the indices made from them (unipad/data/index.py).
 
-The devkit reads the tables once (half a minute and several GB for full nuScenes); the indices are cached.
+The devkit reads the tables once (half a minute and several GB of memory for full nuScenes); the indices are cached.
 """
 
 import os
@@ -11,7 +11,7 @@ from unipad.data.cache import cache_paths, read_arrays, write_arrays
 from unipad.data.dataset import DataError
 from unipad.data.index import FORMAT, CameraSweeps, Index, build_camera_sweeps, build_index
 from unipad.data.schema import open_tables, read_table
-from unipad.data.splits import SPLITS, check_scenes, own_splits, splits_of
+from unipad.data.splits import SPLITS, check_scenes, custom_splits, splits_of
 
 # All tables, since the devkit opens all of them
 TABLES = (
@@ -55,7 +55,7 @@ def _has_tables(folder):
     return any((folder / f"{t}.json").is_file() for t in TABLES)
 
 
-def scene_tokens(root: Path, version: str) -> dict[str, list[str]]:
+def samples_of_scenes(root: Path, version: str) -> dict[str, list[str]]:
     """{scene name: [sample token, ...] in the order of time}; root: from `find_root`."""
     scenes, samples = (read_table(root / version, table) for table in ("scene", "sample"))
     names = {scene["token"]: scene["name"] for scene in scenes}
@@ -81,7 +81,7 @@ def load_camera_sweeps(root: Path, version: str, split: str) -> CameraSweeps:
 
 
 def _load(kind, build, root, version, split, ending=""):
-    """The index of class `kind`, made by `build`, of a split; `ending` of the name of its cache file."""
+    """The index of a split, of class `kind`: cached, or made by `build`. ending: of the cache file's name."""
     splits = tuple(splits_of(root, version).values())
     if split not in splits:
         owner = next(
@@ -94,7 +94,7 @@ def _load(kind, build, root, version, split, ending=""):
         if index is not None:
             return index
     size = sum(t.stat().st_size for t in (root / version).glob("*.json"))
-    built = _build(build, root, version, splits, verbose=size > LARGE_TABLES)
+    built = _build_all(build, root, version, splits, verbose=size > LARGE_TABLES)
     for name, index in built.items():
         write_arrays(cache_paths(root, f"{version}-{name}{ending}.npz"), {"state": state, **vars(index)})
     return built[split]
@@ -114,16 +114,16 @@ def _read_index(kind, path, state):
     return kind(**{f.name: arrays[f.name] for f in fields(kind)})
 
 
-def _build(build, root, version, splits, verbose):
-    """{split: result of `build`} from the tables; `verbose` shows progress."""
+def _build_all(build, root, version, splits, verbose):
+    """{split: its index, made by `build`} from the tables; `verbose` shows progress."""
     # Imported only here: a cached index does without the devkit, which takes seconds to import, with matplotlib.
     from nuscenes.utils.splits import create_splits_scenes
 
     try:
         nusc = open_tables(root, version, verbose)
-        own = own_splits(root, version)
-        check_scenes(root / version / "splits.json", own, {scene["name"] for scene in nusc.scene})
-        scenes = create_splits_scenes() | own
+        custom = custom_splits(root, version)
+        check_scenes(root / version / "splits.json", custom, {scene["name"] for scene in nusc.scene})
+        scenes = create_splits_scenes() | custom
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except DataError:
         raise

@@ -34,7 +34,7 @@ def augment_sample(sample, rng: np.random.Generator, cfg: Augment):
     flip_y = cfg.flip_y > 0 and rng.random() < cfg.flip_y
     sample = apply_transform(sample, make_transform(angle, scale, shift, flip_x, flip_y))
     if sample.images and cfg.grid_mask > 0 and rng.random() < cfg.grid_mask:
-        sample = replace(sample, images=_behind_grid(sample.images, rng))
+        sample = replace(sample, images=_masked_by_grid(sample.images, rng))
     return sample
 
 
@@ -58,8 +58,8 @@ def make_transform(
 def apply_transform(sample, transform: np.ndarray):
     """The sample transformed by `transform`, [4, 4] from `make_transform`.
 
-    Images do not change: the new projections map the new points to the same pixels. Depths along the optical axis
-    stay in the camera's meters, not scaled; distances between camera and points are those of the new frame, scaled.
+    Images do not change: the new projections map the new points to the same pixels and the same depths along the
+    optical axis, in meters that are not scaled. Lengths in the new LiDAR frame are scaled, also those along rays.
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
     points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]
@@ -83,7 +83,7 @@ def photometric_distortion(sample, rng: np.random.Generator):
 def _distort(image, rng):
     """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before or after saturation and hue."""
     pixels = image.astype(np.float32)
-    brightness = rng.uniform(-32, 32) if _coin(rng) else 0.0
+    brightness = rng.uniform(-32, 32) if _coin(rng) else 0.0  # of 0-255
     contrast_first = _coin(rng)
     contrast = rng.uniform(0.5, 1.5) if _coin(rng) else 1.0
     saturation = rng.uniform(0.5, 1.5) if _coin(rng) else 1.0
@@ -107,8 +107,8 @@ def _coin(rng):
     return rng.random() < 0.5
 
 
-def _behind_grid(images, rng):
-    """The images, [h, w, 3] uint8 each, behind the same grid."""
+def _masked_by_grid(images, rng):
+    """The images, [h, w, 3] uint8 each, all masked by the same grid."""
     height = min(_padded(image.shape[0]) for image in images)  # a longer period could hide all of the smallest image
     period = rng.integers(2, height)
     top, left = rng.integers(period, size=2)
@@ -131,8 +131,8 @@ def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.n
     them are hidden.
 
     The grid covers an area 1.5 times as high and wide as the image, which lies in its middle; the first bars start
-    `top` and `left` pixels from the area's corner. As in the original, no bar starts where less than a whole period is
-    left.
+    `top` and `left` pixels from the area's corner. As in the original, there are only as many bars in each direction as
+    whole periods fit into the area, even if one more would start in it.
     """
     bar = min(max(int(period * 0.5 + 0.5), 1), period - 1)
     rows, columns = _bars(height, period, top, bar), _bars(width, period, left, bar)
@@ -142,5 +142,6 @@ def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.n
 def _bars(length, period, first, bar):
     """[length] bool, True on a bar: bars `bar` pixels wide, the first one `first` pixels from the start of the area."""
     area = int(1.5 * length)
+    # which bar each pixel follows or lies on, and how many pixels from the bar's start
     index, offset = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
     return (offset < bar) & (index >= 0) & (index < area // period)

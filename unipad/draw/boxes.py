@@ -17,11 +17,11 @@ from unipad.model.detect import Detections
 TITLE_HEIGHT = 24  # pixels above an image
 MIN_SIDE = 380  # pixels: smallest side of a bird's-eye view next to camera images
 BEV_LIMITS = (-52.0, 52.0)  # meters in x and y that the bird's-eye view shows; objects beyond 50 m are not evaluated
-ROWS = (5, 0, 1), (4, 3, 2)  # nuScenes' cameras as mounted: front left, front, front right; the back ones below
+ROWS = (5, 0, 1), (4, 3, 2)  # indices into `CAMERAS`, as mounted: front left, front, front right; back ones below
 # Polylines through the corners of `box_corners`, by index, that draw all edges of a box
 SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)
 NEAR = 0.1  # meters in front of a camera: the plane at which edges are clipped
-COLORS = matplotlib.colormaps["tab10"].colors
+COLORS = matplotlib.colormaps["tab10"].colors  # of `CLASSES`
 
 
 def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3, width: int = 520) -> np.ndarray:
@@ -41,7 +41,8 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
     widths = [height, cameras_width] if cameras_width else [height]
     bev, *cameras = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     points = batch.points[: batch.point_counts[0]]
-    _from_above(bev, points[points[:, 4] == 0, :3].cpu().numpy(), truth, boxes, labels)
+    keyframe_points = points[points[:, 4] == 0, :3].cpu().numpy()  # points of sweeps have a time lag
+    _from_above(bev, keyframe_points, truth, boxes, labels)
     for subfigure in cameras:  # one, or none
         for axis, image, lidar2image in camera_axes(subfigure, batch):
             _in_camera(axis, image, lidar2image, truth, boxes, labels)
@@ -84,14 +85,14 @@ def camera_axes(subfigure, batch: Batch, fontsize: float = 12):
 
 
 def _from_above(subfigure, points, truth, boxes, labels):
-    """Boxes over the keyframe's `points` [K, 3], gray by height, in bird's-eye view; a line from the center shows a
-    box's front."""
+    """Boxes over the keyframe's `points` [K, 3], gray by height, in bird's-eye view; in each box a line goes from the
+    center to the front."""
     axis = subfigure.subplots()
     axis.set(xlim=BEV_LIMITS, ylim=BEV_LIMITS, xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     axis.plot(0, 0, "w+")
     for these, colors, thick in ((truth, "white", 2.5), (boxes, [COLORS[i] for i in labels], 1.2)):
-        corners = box_corners(these)[:, :4, :2]
+        corners = box_corners(these)[:, :4, :2]  # x and y of the bottom's corners, the front ones first
         front = corners[:, :2].mean(axis=1, keepdims=True)
         middle = corners.mean(axis=1, keepdims=True)
         outlines = np.concatenate([corners, corners[:, :1]], axis=1)

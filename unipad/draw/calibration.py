@@ -93,7 +93,7 @@ def report(sample: Sample) -> str:
         center, (left, right) = _field_of_view(lidar2image, lidar2camera, h, w)
         directions = np.stack([left, right, lidar2camera[2, :3]])  # the last one is the optical axis
         azimuths = np.degrees(np.arctan2(*directions[:, :2].T))  # atan2(x, y): clockwise from ahead
-        azimuths = np.round(azimuths) + 0.0  # no -0
+        azimuths = np.round(azimuths) + 0.0  # + 0.0: no -0
         visible = len(_visible(points, lidar2image, h, w)[0])
         position = " ".join(f"{v:7.2f}" for v in np.round(center, 2) + 0.0)
         angle = (azimuths[1] - azimuths[0]) % 360
@@ -137,8 +137,8 @@ def _from_above(axis, sample, points, corners, colors):
         center, directions = _field_of_view(lidar2image, lidar2camera, *image.shape[:2])
         left, right = center + VIEW_LINE * directions
         axis.plot(*np.stack([left, center, right])[:, :2].T, color="white", linewidth=0.8)
-        beyond = center + 1.4 * VIEW_LINE * lidar2camera[2, :3]  # on the optical axis
-        axis.text(*beyond[:2], name, color="white", fontsize=8, ha="center", va="center", clip_on=True)
+        label = center + 1.4 * VIEW_LINE * lidar2camera[2, :3]  # on the optical axis, beyond the lines
+        axis.text(*label[:2], name, color="white", fontsize=8, ha="center", va="center", clip_on=True)
     axis.set_title("from above: x to the right, y (ahead) up", color="white")
 
 
@@ -152,15 +152,16 @@ def main(args: Args):
     args.out.mkdir(parents=True, exist_ok=True)
     count = min(args.frames, len(dataset))
     drawn = 0
-    for row in (i * len(dataset) // count for i in range(count)):
+    for index in (i * len(dataset) // count for i in range(count)):
         try:
-            sample = dataset[row]
+            sample = dataset[index]
         except BadFrame as bad:
             print(f"skipped {bad}")
             continue
         if not sample.images:
             raise UserError(f"{root} has no images: there is no camera to check.")
-        file = args.out / f"frame_{dataset.frames[row]:05d}.png"
+        number = dataset.frames[index]  # in the split; the dataset may have left out frames
+        file = args.out / f"frame_{number:05d}.png"
         Image.fromarray(calibration_view(sample, args.width)).save(file)
         print(f"{file}, {sample.token}\n{report(sample)}")
         drawn += 1

@@ -31,7 +31,7 @@ def check_mesh(grid: Grid, cell: float):
 def distances(model: Pretrain, volume: torch.Tensor, cell: float) -> torch.Tensor:
     """Signed distance, [nx, ny, nz] meters, at points `cell` meters apart, starting at the grid's lower corner.
 
-    volume: [1, C, Z, Y, X], of voxels of another size, from `Pretrain.encode`.
+    volume: [1, C, Z, Y, X] from `Pretrain.encode`; its cells are those of the grid, not of the mesh.
     """
     renderer, grid = model.renderer, model.recipe.grid
     with torch.autocast(volume.device.type, enabled=False):
@@ -39,7 +39,7 @@ def distances(model: Pretrain, volume: torch.Tensor, cell: float) -> torch.Tenso
         x, y, z = (torch.arange(l, h, cell, device=volume.device) for l, h in zip(grid.low, grid.high, strict=True))
         parts = []
         for x_part in x.split(max(1, CHUNK // (len(y) * len(z)))):
-            points = torch.cartesian_prod(x_part, y, z).to(volume.dtype) * renderer.scale  # scaled meters
+            points = torch.cartesian_prod(x_part, y, z).to(volume.dtype) * renderer.scale  # the renderer's unit
             volume_idx = torch.zeros(len(points), dtype=torch.int32, device=volume.device)  # there is one volume
             parts.append(renderer.field.sdf(volume, points[:, None], volume_idx)[:, 0].float() / renderer.scale)
     return torch.cat(parts).view(len(x), len(y), len(z))

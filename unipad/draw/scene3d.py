@@ -23,8 +23,10 @@ POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
 JUMP = 1.2  # largest ratio, farthest to nearest, of the depths of neighboring rays whose ends the surface connects
 # Colors of ground-truth boxes and of points, on TensorBoard's white background
 TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)
-CORNERS = np.eye(3) - 1 / 3  # of the triangle drawn for a point: tilted, so visible from above and from all sides
-# Triangles of a bar's sides, as vertices: 0 to 2 at one end, 3 to 5 at the other
+# The vertices of the triangle drawn for a point, before scaling: tilted, so visible from above and from all sides
+TRIANGLE = np.eye(3) - 1 / 3
+# A box edge is drawn as a bar: an open prism between two such triangles. Its three sides have two triangles each, here
+# as indices of vertices: 0 to 2 at one end of the bar, 3 to 5 at the other
 BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)
 
 
@@ -54,8 +56,8 @@ def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generat
     _, depth = model.render(volume, rays)
     model.train(was_training)
     ends = rays.origins + rays.directions * depth[:, None]
-    strip = surface(ends.cpu().numpy(), columns=-(-PANORAMA[1] // stride))
-    return joined(strip, lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], TRUTH))
+    strip = surface_mesh(ends.cpu().numpy(), columns=-(-PANORAMA[1] // stride))
+    return joined(strip, point_mesh(batch), box_mesh(batch.boxes[: batch.box_counts[0]], TRUTH))
 
 
 def detected_scene(batch: Batch, detections: Detections, min_score: float = 0.3) -> Mesh:
@@ -63,37 +65,37 @@ def detected_scene(batch: Batch, detections: Detections, min_score: float = 0.3)
     shown = detections.scores >= min_score
     colors = [BOX_COLORS[label] for label in detections.labels[shown].tolist()]
     truth = batch.boxes[: batch.box_counts[0]]
-    return joined(lidar(batch), boxes(truth, TRUTH), boxes(detections.boxes[shown], colors))
+    return joined(point_mesh(batch), box_mesh(truth, TRUTH), box_mesh(detections.boxes[shown], colors))
 
 
 def segmented_scene(batch: Batch, classes: torch.Tensor) -> Mesh:
     """The keyframe's points of the first sample in the colors of their predicted `classes` [K]."""
-    return lidar(batch, POINT_COLORS[classes.cpu().numpy()])
+    return point_mesh(batch, POINT_COLORS[classes.cpu().numpy()])
 
 
-def lidar(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
+def point_mesh(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
     """The keyframe's LiDAR points of the first sample, a small triangle each. colors: [K, 3] in [0, 1]; None: gray."""
     points = batch.points[: batch.point_counts[0]]
-    points = points[points[:, 4] == 0, :3].cpu().numpy()  # [K, 3]
+    points = points[points[:, 4] == 0, :3].cpu().numpy()  # [K, 3] without points of sweeps, which have a time lag
     colors = np.full(points.shape, GRAY) if colors is None else colors
     thinned = slice(None, None, -(-len(points) // MAX_POINTS) or 1)
     points, colors = points[thinned], colors[thinned]
-    corners = points[:, None] + POINT_SIZE * CORNERS  # [K, 3, 3]
-    return Mesh.of(corners.reshape(-1, 3), colors.repeat(3, axis=0), np.arange(3 * len(points)).reshape(-1, 3))
+    vertices = points[:, None] + POINT_SIZE * TRIANGLE  # [K, 3, 3]
+    return Mesh.of(vertices.reshape(-1, 3), colors.repeat(3, axis=0), np.arange(3 * len(points)).reshape(-1, 3))
 
 
-def boxes(boxes: torch.Tensor, colors) -> Mesh:
+def box_mesh(boxes: torch.Tensor, colors) -> Mesh:
     """The edges of boxes [M, 9] as thin bars. colors: [M, 3] in [0, 1], or one for all."""
     edges = [edge for path in SKELETON for edge in zip(path, path[1:], strict=False)]  # 12 pairs of corners
     ends = box_corners(boxes.float().cpu().numpy())[:, edges]  # [M, 12, 2, 3]
-    vertices = ends[:, :, :, None] + EDGE_SIZE * CORNERS  # [M, 12, 2, 3, 3]: a triangle at each end
+    vertices = ends[:, :, :, None] + EDGE_SIZE * TRIANGLE  # [M, 12, 2, 3, 3]: a triangle at each end
     color_of_box = np.broadcast_to(np.reshape(colors, (-1, 3)), (len(boxes), 3))
     first = 6 * np.arange(12 * len(boxes))[:, None, None]  # first vertex of each bar: a bar has 6, a box 12 bars
     return Mesh.of(vertices.reshape(-1, 3), color_of_box.repeat(12 * 6, axis=0), (first + BAR).reshape(-1, 3))
 
 
-def surface(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
-    """The ends [rows * columns, 3] of a panorama's rays as a strip around the LiDAR, in the depth colors of pictures.
+def surface_mesh(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
+    """The ends [rows * columns, 3] of a panorama's rays as a strip around the LiDAR, in the depth colors of views.py.
 
     Rays that miss the volume have depth 0 and are not connected.
     """
@@ -102,7 +104,7 @@ def surface(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
     right = np.roll(left, -1, axis=1)
     quads = np.stack([left[:-1], left[1:], right[:-1], right[1:]], axis=-1).reshape(-1, 4)
     near, far = depth[quads].min(axis=1), depth[quads].max(axis=1)
-    quads = quads[far < JUMP * near]  # beyond it, one object hides another
+    quads = quads[far < JUMP * near]  # a larger jump: one object in front of another
     colors = matplotlib.colormaps["turbo_r"](depth / FAR)[:, :3]
     return Mesh.of(ends, colors, np.concatenate([quads[:, :3], quads[:, 1:]]))
 

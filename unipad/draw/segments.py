@@ -41,7 +41,7 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     if batch.point_labels is not None:
         truth = batch.point_labels[: batch.point_counts[0]][is_keyframe].cpu().numpy()
         rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
-    height, cameras_width = camera_area(batch, width)  # pixels, of one of `rows`
+    height, cameras_width = camera_area(batch, width)  # pixels, in each of `rows`
     height = max(height, MIN_SIDE) if cameras_width else 2 * width  # the bird's-eye view is a square
     size = height + cameras_width, len(rows) * height + LEGEND_HEIGHT
     figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)

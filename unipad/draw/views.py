@@ -1,4 +1,4 @@
-"""Pictures of what a model renders next to images and LiDAR depth, and videos of them. A picture is [H, W, 3] uint8."""
+"""Pictures of a model's renderings, next to images and LiDAR depth, and videos. A picture is [H, W, 3] uint8."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ DPI = 80
 def rendered_views(
     model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
 ) -> np.ndarray:
-    """The batch's first sample in rows: images, their visible patches, rendered color, LiDAR depth, visible voxels,
+    """The batch's first sample in rows: images, their unmasked patches, rendered color, LiDAR depth, unmasked voxels,
     rendered depth and, on request, normals. One column per camera; without cameras, one panorama from the LiDAR.
 
     generators: one per sample, for the masks of the encoder's input; None: no masking.
@@ -44,12 +44,13 @@ def rendered_views(
     model.eval()
     volume, masks = model.encode(batch, generators)
     batch = batch.keyframe()
-    cameras = batch.images.shape[1] > 0
-    rgb, depth, normal = _rendered(model, volume, batch, stride) if cameras else _rendered_panorama(model, volume)
+    has_images = batch.images.shape[1] > 0
+    rendered = _rendered(model, volume, batch, stride) if has_images else _rendered_panorama(model, volume)
+    rgb, depth, normal = rendered
     model.train(was_training)
 
     sizes, project = [PANORAMA], _onto_panorama
-    if cameras:
+    if has_images:
         sizes, project = batch.image_sizes[0].tolist(), onto_views
     rows = {}
 
@@ -58,14 +59,14 @@ def rendered_views(
         pictures = pictures.float().cpu().numpy()
         rows[name] = [p[: -(-h // step), : -(-w // step)] for p, (h, w) in zip(pictures, sizes, strict=True)]
 
-    step = stride if cameras else 1
+    step = stride if has_images else 1
     images = batch.images[0]  # [N, 3, H, W]
-    if cameras:
+    if has_images:
         add("image", images.permute(0, 2, 3, 1))
     if "camera" in masks:
-        visible = masks["camera"][0, : len(images), None].float()  # the keyframe's views come first
-        visible = F.interpolate(visible, scale_factor=MASK_BLOCK)
-        add("image, as the encoder sees it", (images * visible).permute(0, 2, 3, 1))
+        unmasked = masks["camera"][0, : len(images), None].float()  # the keyframe's views come first
+        unmasked = F.interpolate(unmasked, scale_factor=MASK_BLOCK)
+        add("image, as the encoder sees it", (images * unmasked).permute(0, 2, 3, 1))
     if model.renders_color(batch):
         add("rendered", rgb, step)
     points = batch.points[: batch.point_counts[0]]
@@ -75,7 +76,7 @@ def rendered_views(
     add("rendered depth", depth, step)
     if normals:
         add("rendered normals", (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0), step)
-    return _sheet(rows, camera_names(batch) if cameras else ["all around the LiDAR"], width)
+    return _sheet(rows, camera_names(batch) if has_images else ["all around the LiDAR"], width)
 
 
 def camera_names(batch: Batch) -> Sequence[str]:
@@ -86,10 +87,10 @@ def camera_names(batch: Batch) -> Sequence[str]:
 def _rendered(model, volume, batch, stride):
     """rgb [N, h, w, 3], depth [N, h, w] meters and normals [N, h, w, 3] of the first sample's views."""
     pixels, _, shape = grid_of_views(batch, 0, stride)
-    parts = pixels.split(CHUNK // len(pixels), dim=1)
-    parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
-    of_views = [[t.unflatten(0, (len(pixels), -1)) for t in part] for part in parts]
-    return [torch.cat(chunks, dim=1).unflatten(1, shape[1:]) for chunks in zip(*of_views, strict=True)]
+    chunks = pixels.split(CHUNK // len(pixels), dim=1)  # [N, K, 3] each
+    rendered = [model.render_surface(volume, cast_rays(batch, 0, chunk)) for chunk in chunks]  # tensors of [N * K, ...]
+    of_views = [[t.unflatten(0, (len(pixels), -1)) for t in tensors] for tensors in rendered]  # [N, K, ...]
+    return [torch.cat(parts, dim=1).unflatten(1, shape[1:]) for parts in zip(*of_views, strict=True)]
 
 
 def _rendered_panorama(model, volume):
@@ -114,7 +115,8 @@ def _centers(recipe, voxels):
 
 
 def _onto_panorama(_, points):
-    """[1, rows, columns] meters from the LiDAR to `points` [P, 3]; NaN in pixels without a point."""
+    """As `onto_views`, without its batch: [1, rows, columns] meters from the LiDAR to `points` [P, 3]; NaN in pixels
+    without a point."""
     depth = points.norm(dim=1)
     elevation = torch.rad2deg(torch.asin(points[:, 2] / depth.clamp(min=1e-3)))
     azimuth = torch.rad2deg(math.pi - torch.atan2(points[:, 1], points[:, 0])) % 360  # clockwise
@@ -197,7 +199,7 @@ def picture_of(figure: Figure) -> np.ndarray:
 def write_video(pictures: list[Path], file: Path, fps: float):
     """Join picture files into a GIF, or an MP4 with OpenCV, at `fps` frames per second.
 
-    Raises `UserError` where this OpenCV cannot write MP4, or there is no room for all of it.
+    Raises `UserError` where this OpenCV cannot write MP4, or the disk has no room for the whole MP4.
     """
     first = Image.open(pictures[0]).convert("RGB")
     if file.suffix == ".gif":

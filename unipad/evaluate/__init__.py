@@ -5,5 +5,5 @@ rendering.py     PSNR of colors, errors of depths
 detection.py     boxes of a whole split, scored by the devkit
 submission.py    boxes -> results_nusc.json -> the devkit's metrics
 segmentation.py  classes of the points of a whole split -> files -> the devkit's metrics
-tta.py           test-time augmentation: predictions for rotated, scaled and flipped views, merged
+tta.py           test-time augmentation: predictions for rotated, scaled and flipped copies of a batch, merged
 """

@@ -57,7 +57,7 @@ def detect_all(
     """{sample token: `Detections` on the host} for every frame, in the main process; None in the others.
 
     model, dataset, world, batch_size, workers: as for `predict_all`, which describes how bad frames are handled.
-    detect: function of a batch in place of `model.detect`, such as `partial(tta.detect_tta, model.detect, views)`.
+    detect: function of a batch in place of `model.detect`, such as `partial(tta.detect_tta, model.detect, transforms)`.
     """
 
     def predict(batch):

@@ -52,7 +52,7 @@ def predict_all(
     model.train(was_training)
     for frame in unreadable:
         print(f"skipped {frame}", file=sys.stderr)
-    parts = to_main((predictions, unreadable), world)
+    parts = to_main((predictions, unreadable), world)  # in the main process: a pair for each process
 
     def check():
         if not any(part for part, _ in parts):

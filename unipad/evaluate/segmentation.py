@@ -1,9 +1,9 @@
 """Segmentation metrics: a class for every point of every keyframe, written in nuScenes' format, scored by the devkit.
 
-    <folder>/lidarseg/<split>/<LIDAR_TOP sample_data token>_lidarseg.bin    uint8 per point, 1 to 16, in file order
+    <folder>/lidarseg/<split>/<LIDAR_TOP sample_data token>_lidarseg.bin    uint8 1 to 16, ordered as the LiDAR file
     <folder>/<split>/submission.json                                        the sensors that were used
 
-The devkit's evaluation requires every scene of the official split, and stops at an invalid file without
+The devkit's evaluation requires every scene of nuScenes' official split, and stops at an invalid file without
 naming it. Here it scores the frames that have a prediction, after every file has been validated.
 """
 
@@ -62,7 +62,8 @@ def segment_all(
 
     model, dataset, world, batch_size, workers: as for `predict_all`, which describes how bad frames are handled; the
         dataset must not crop points (`point_range`), since each of them needs a class.
-    segment: function of a batch in place of `model.segment`, such as `partial(tta.segment_tta, model.logits, views)`.
+    segment: function of a batch in place of `model.segment`, such as
+        `partial(tta.segment_tta, model.logits, transforms)`.
     """
 
     def predict(batch):
@@ -74,7 +75,7 @@ def segment_all(
 
 def write_segmentation(predictions: dict[str, torch.Tensor], dataset: NuScenesDataset, folder: Path):
     """Write the result of `segment_all` as a submission to nuScenes; a frame without prediction must have no
-    file, so one of an earlier evaluation is removed."""
+    file, so its file of an earlier evaluation is removed."""
     files = _files(dataset, folder)
     for subfolder in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         subfolder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,7 @@ def segmentation_table(summary: dict) -> str:
 
 def _files(dataset, folder):
     """{sample token: file of its predicted classes} of the split."""
-    tokens, keys = dataset.index.tokens, dataset.index.lidar_tokens
+    tokens, lidar_tokens = dataset.index.tokens, dataset.index.lidar_tokens
     folder = folder / "lidarseg" / dataset.split
-    pairs = zip(tokens, keys, strict=True)
-    return {token.decode(): folder / f"{key.decode()}_lidarseg.bin" for token, key in pairs}
+    pairs = zip(tokens, lidar_tokens, strict=True)
+    return {token.decode(): folder / f"{lidar_token.decode()}_lidarseg.bin" for token, lidar_token in pairs}

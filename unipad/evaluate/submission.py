@@ -1,7 +1,7 @@
 """Detections -> `results_nusc.json` in nuScenes' format, scored by the unmodified devkit.
 
 The devkit fails on boxes with numbers that are not finite or without a size: they are not written. It also fails on a
-file without a single box (an untrained model's): that gets mAP and NDS 0 and all errors 1.
+file without a single box (an untrained model's): here such a file gets mAP and NDS 0 and all errors 1.
 """
 
 import json
@@ -38,7 +38,7 @@ ATTRIBUTES = {
     "traffic_cone": ("", ""),
 }
 
-# Mean error as papers call it, in their order -> its key in the devkit's summary
+# Name of a mean error in papers -> its key in the devkit's summary; in the order of papers
 ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
 
 
@@ -85,7 +85,7 @@ def _records(detections, token, lidar2global):
 def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` next to `file`.
 
-    root: the data set's folder, from `unipad.data.tables.find_root`. On the full nuScenes this takes half a minute and
+    root: the dataset's folder, from `unipad.data.tables.find_root`. On the full nuScenes this takes half a minute and
     several GB of memory. Raises `UserError` where the devkit fails.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
@@ -101,7 +101,7 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} does not hold the results of a detector ({type(error).__name__}).") from None
     if has_boxes:
-        with devkit_errors(root / version), tempfile.TemporaryDirectory() as plots:  # it requires a folder for plots
+        with devkit_errors(root / version), tempfile.TemporaryDirectory() as plots:  # which the devkit requires
             nusc = NuScenes(version, str(root), verbose=False)
             metrics, _ = DetectionEval(nusc, config, str(file), split, plots, verbose=False).evaluate()
     else:

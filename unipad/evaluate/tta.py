@@ -1,9 +1,8 @@
-"""Test-time augmentation: predictions for rotated, scaled and flipped views of a batch, merged.
+"""Test-time augmentation: predictions for rotated, scaled and flipped copies of a batch, merged.
 
-A view here is the batch after one such transform, not a camera's image; `views` are the transforms. As in the
-original's final fusion recipe, boxes that overlap one of their class with a higher score are dropped, whichever view
-they come from; logits of points are summed. Images keep their pixels and the cameras move with the points, so every
-view encodes the same images again, which takes most of the time of a camera or fusion model.
+As in the original's final fusion recipe, boxes that overlap one of their class with a higher score are dropped,
+whichever copy they come from; logits of points are summed. Images keep their pixels and the cameras move with the
+points, so the same images are encoded again for every copy, which takes most of the time of a camera or fusion model.
 """
 
 import itertools
@@ -23,33 +22,37 @@ from unipad.model.segment import classes_of
 OVERLAP = 0.1  # bird's-eye IoU above which the lower-scored of two boxes is dropped; as in the original
 
 
-def tta_views(
+def make_transforms(
     scales: Sequence[float] = (1.0,), angles: Sequence[float] = (0.0,), flips: bool = True
 ) -> list[np.ndarray]:
     """All combinations of `scales` (factors), `angles` (radians, x towards y) and, with `flips`, the signs of x and y,
-    as transforms [4, 4] from the batch's LiDAR frame to a view's."""
+    as transforms [4, 4] from the batch's LiDAR frame to that of a copy."""
     flipped = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
     return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
 
 
-def detect_tta(detect: Callable[[Batch], list[Detections]], views: list[np.ndarray], batch: Batch) -> list[Detections]:
-    """Merged detections of all views, in the frame of `batch`, best score first, `MAX_BOXES` per sample at most.
+def detect_tta(
+    detect: Callable[[Batch], list[Detections]], transforms: list[np.ndarray], batch: Batch
+) -> list[Detections]:
+    """Merged detections of all copies, in the LiDAR frame of `batch`, best score first, `MAX_BOXES` per sample at most.
 
-    detect: such as `Detector.detect`. views: from `tta_views`.
+    detect: such as `Detector.detect`. transforms: from `make_transforms`.
     """
-    detections = []  # for each view a list with the `Detections` of each sample
-    for view in views:
-        back = np.linalg.inv(view)
-        detections.append([_transformed(found, back) for found in detect(transformed_batch(batch, view))])
-    return [merged(of_views) for of_views in zip(*detections, strict=True)]
+    detections = []  # for each copy a list with the `Detections` of each sample
+    for transform in transforms:
+        back = np.linalg.inv(transform)
+        detections.append([_transformed(found, back) for found in detect(transformed_batch(batch, transform))])
+    return [merged(of_sample) for of_sample in zip(*detections, strict=True)]
 
 
-def segment_tta(logits: Callable[[Batch], torch.Tensor], views: list[np.ndarray], batch: Batch) -> list[torch.Tensor]:
-    """Classes by the summed logits of all views of a batch, as `Segmenter.segment` returns them.
+def segment_tta(
+    logits: Callable[[Batch], torch.Tensor], transforms: list[np.ndarray], batch: Batch
+) -> list[torch.Tensor]:
+    """Classes by the summed logits of all copies of a batch, as `Segmenter.segment` returns them.
 
-    logits: such as `Segmenter.logits`. views: from `tta_views`.
+    logits: such as `Segmenter.logits`. transforms: from `make_transforms`.
     """
-    return classes_of(batch, sum(logits(transformed_batch(batch, view)) for view in views))
+    return classes_of(batch, sum(logits(transformed_batch(batch, transform)) for transform in transforms))
 
 
 def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
@@ -66,8 +69,8 @@ def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
 
 
 def merged(detections: Sequence[Detections]) -> Detections:
-    """One `Detections` from several of the same sample and frame: without boxes that overlap a higher-scored one of
-    their class, best score first, `MAX_BOXES` at most."""
+    """One `Detections` from several of the same sample, all in one LiDAR frame: without boxes that overlap a
+    higher-scored one of their class, best score first, `MAX_BOXES` at most."""
     together = Detections(
         *(torch.cat([getattr(one, name) for one in detections]) for name in ("boxes", "scores", "labels"))
     )

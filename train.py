@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Must be set before torch loads OpenMP, whose idle threads spin: if any other process runs on the machine, threads then
-# wait for each other for milliseconds at a time. On two cores shared with another process, a step took 10 times as long
-# as on an idle machine, with this setting 2.5 times; on an idle machine the setting makes a step 8 % slower.
+# Limits how long OpenMP's idle threads spin; must be set before torch loads OpenMP. If any other process runs on the
+# machine, threads that spin delay others for milliseconds at a time. On two cores shared with another process, a step
+# took 10 times as long as on an idle machine, with this limit 2.5 times; on an idle machine it makes a step 8 % slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from unipad.exit import end_at_once, exit_on_user_error
@@ -85,7 +85,7 @@ class Args:
 
 
 def parse(argv=None) -> Args:
-    def choose(args):
+    def choose(args):  # the flags of an earlier run (--config, --resume), or these with their preset's recipe
         return cli.run_args(args) or cli.with_preset(args, PRETRAIN, args.modality, DEFAULT_PRESET[args.modality])
 
     args = cli.parse(Args, choose, __doc__, argv)
@@ -100,6 +100,7 @@ def main(args: Args):
     recipe, optim = args.recipe, args.recipe.optim
     with start(args.device, args.deterministic) as world:
         device, print0 = world.device, world.print0
+        # in the name of the run's folder; a `UnetConfig` is the encoder for segmentation
         kind = "segment" if isinstance(recipe.lidar, UnetConfig) else args.modality
         path, saved = find_run(f"train-{kind}", args.out, args.resume, world)  # saved: the checkpoint to resume from
         if not saved:
@@ -127,7 +128,7 @@ def main(args: Args):
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
-        # metrics: {"before": metrics before training, "after": those of the last validation}
+        # first: steps done already; metrics: {"before": metrics before training, "after": those of the last validation}
         first, metrics = resumed(saved, parts)
         last = min(steps, args.stop_at or steps)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
@@ -153,9 +154,10 @@ def main(args: Args):
         # step: steps done so far; after the last one there is only a validation
         for step in range(first, last + 1):
             if val_every and (step % val_every == 0 or step == last) and step > run.last_validated_step:
+                # at once: a signal need not wait for the end of the validation, since this step is saved
                 with run.validation(step, parts, metrics), stop.at_once(), autocast:
                     metrics["after" if step else "before"] = validate(net, val_set, run, args, world, step)
-                progress.restart(step)
+                progress.restart(step)  # the speed of the next report is without the validation
             if step == last:
                 break
 
@@ -182,7 +184,7 @@ def main(args: Args):
             report_now = done % args.log_every == 0 or done == last
             stop_now = stop.asked(host_waits=report_now)
             save_now = done % save_every == 0 or stop_now or done == last or val_every and done % val_every == 0
-            # The host waits for the GPU here; elsewhere in a step only in `backend.host_wait` and in fp16's scaler.
+            # Only here, in `backend.host_wait` and in fp16's scaler does the host wait for the GPU.
             if report_now or save_now:
                 values = progress.checked_means(values, scaler, done)
             if report_now:

@@ -21,11 +21,12 @@ def root(copy):
     (folder / "lidarseg.json").unlink()  # the devkit would look for its labels in lidarseg/rig-7, which is missing
     table = folder / "scene.json"
     table.write_text(table.read_text().replace("scene-0061", "harbor").replace("scene-0103", "tunnel"))
-    write(copy, {"city_train": ["harbor"], "city_val": ["tunnel"], "dark": ["tunnel"]})
+    # the endings _train and _val say what a split is for; the name dark does not
+    write_splits(copy, {"city_train": ["harbor"], "city_val": ["tunnel"], "dark": ["tunnel"]})
     return copy
 
 
-def write(root, splits):
+def write_splits(root, splits):
     (root / "rig-7/splits.json").write_text(json.dumps(splits))
 
 
@@ -34,7 +35,7 @@ def scene_names(root, split):
 
 
 def test_custom_splits_are_read_and_scored(root, tmp_path):
-    """The devkit scores the same scenes: with the ground truth of city_val as detections, AP of cars is 1."""
+    """The devkit finds the scenes of city_val too: with their ground truth as detections, AP of cars is 1."""
     assert NuScenesDataset.splits(root, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
     assert NuScenesDataset.train_val_splits(root, "rig-7") == ("city_train", "city_val")
     assert scene_names(root, "city_train") == ["harbor"]
@@ -51,7 +52,7 @@ def test_custom_splits_are_read_and_scored(root, tmp_path):
 
 def test_a_changed_splits_json_takes_effect(root):
     assert scene_names(root, "city_train") == ["harbor"]
-    write(root, {"city_train": ["tunnel"], "city_val": ["harbor"]})
+    write_splits(root, {"city_train": ["tunnel"], "city_val": ["harbor"]})
     assert scene_names(root, "city_train") == ["tunnel"]
 
 
@@ -71,11 +72,11 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
         ('{"../city_train": ["harbor"]}', "use letters, digits"),
         ('{"": ["harbor"]}', "use letters, digits"),
         ('{"a_train": ["harbor"], "b_train": ["harbor"]}', "two splits for train"),
-        ('{"city_train": ["harbour"]}', "the scene harbour"),
+        ('{"city_train": ["harbour"]}', "the scene harbour"),  # misspelled, so not in scene.json
         ('{"city_train": ["harbor"], "city_val": ["harbor"]}', "both for training and for validation"),
     ],
 )
-def test_a_wrong_splits_json_is_a_one_sentence_error(root, splits, words):
+def test_a_wrong_splits_json_is_named_in_a_one_line_error(root, splits, words):
     (root / "rig-7/splits.json").write_text(splits)
     with pytest.raises(DataError, match=words) as refused:
         scene_names(root, "city_train")

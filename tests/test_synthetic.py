@@ -39,7 +39,7 @@ META = {"use_camera": True, "use_lidar": True, "use_radar": False, "use_map": Fa
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
-    """Root of a dataset with both scenes of mini_val, since LidarSegEval requires every scene of a split."""
+    """Root of a dataset with a scene of mini_train and both of mini_val: LidarSegEval requires all of a split."""
     return synthetic.generate(tmp_path_factory.mktemp("data") / "city", **SMALL, progress=False)
 
 
@@ -66,7 +66,8 @@ def test_the_devkit_loads_and_draws_the_dataset(nusc, tmp_path):
         "sample_annotation", "sample_data", "scene", "sensor", "visibility", "lidarseg",
     }  # fmt: skip
     assert [len(nusc.scene), len(nusc.sample)] == [3, 9]
-    assert len(nusc.sample_data) == 3 * (6 * 3 + 3 + 2 * 9)  # scenes * (images + LiDAR keyframes + sweeps)
+    # scenes * (images + LiDAR keyframes + sweeps before two of them)
+    assert len(nusc.sample_data) == 3 * (6 * 3 + 3 + 2 * 9)
     assert len(nusc.lidarseg) == 9
     assert all((Path(nusc.dataroot) / d["filename"]).is_file() for d in nusc.sample_data)
     sample = nusc.sample[1]
@@ -77,7 +78,7 @@ def test_the_devkit_loads_and_draws_the_dataset(nusc, tmp_path):
     nusc.render_pointcloud_in_image(sample["token"], out_path=str(tmp_path / "points.png"), verbose=False)
     for name in ("sweeps", "labels", "back", "points"):
         picture = cv2.imread(str(tmp_path / f"{name}.png"))
-        assert picture.std() > 20, name
+        assert picture.std() > 20, name  # not blank
 
 
 def test_the_dataset_is_marked_as_synthetic(nusc, city):
@@ -104,7 +105,7 @@ def test_prev_next_and_timestamps_are_as_in_nuscenes(nusc):
             frames = follow(nusc, "sample_data", first["data"][channel])
             assert len(frames) == 3
             early = [keyframe_time(nusc, f) - f["timestamp"] for f in frames]
-            assert all(0 < e < 50_000 for e in early)
+            assert all(0 < e < 50_000 for e in early)  # microseconds: cameras fire before the LiDAR's timestamp
     for instance in nusc.instance:
         chain = follow(nusc, "sample_annotation", instance["first_annotation_token"])
         assert len(chain) == instance["nbr_annotations"]
@@ -112,7 +113,7 @@ def test_prev_next_and_timestamps_are_as_in_nuscenes(nusc):
 
 
 def follow(nusc, table, token):
-    """The records of a table from a token on, by their `next`."""
+    """The records of a table from a token on, by their `next`; asserts that each `prev` leads back."""
     records = []
     while token:
         records.append(nusc.get(table, token))
@@ -122,6 +123,7 @@ def follow(nusc, table, token):
 
 
 def keyframe_time(nusc, frame):
+    """Microseconds: the timestamp of the sample that a sample_data record belongs to."""
     return nusc.get("sample", frame["sample_token"])["timestamp"]
 
 
@@ -132,7 +134,7 @@ def test_ego_and_traffic_move_at_plausible_speeds(nusc):
         speed = np.linalg.norm(np.diff(track, axis=0), axis=1) / 0.05  # m/s: LiDAR frames are 0.05 s apart
         assert (speed > 4).all() and (speed < 10).all()
         assert (track[:, :2] > 0).all()  # the origin is the lower left corner of the map
-    speeds = {}
+    speeds = {}  # category -> m/s of its annotations, 0 where the devkit knows no velocity
     for annotation in nusc.sample_annotation:
         speed = np.linalg.norm(nusc.box_velocity(annotation["token"]))
         speeds.setdefault(annotation["category_name"], []).append(np.nan_to_num(speed))
@@ -144,7 +146,7 @@ def test_ego_and_traffic_move_at_plausible_speeds(nusc):
 def test_poses_in_the_tables_are_those_of_the_rendered_views(nusc):
     for record in validation(nusc)[:2]:
         name = nusc.get("scene", record["scene_token"])["name"]
-        scene = Scene(seed=0, index=SCENES.index(name), duration=(SMALL["keyframes"] - 1) * 0.5)
+        scene = Scene(seed=0, index=SCENES.index(name), duration=(SMALL["keyframes"] - 1) * 0.5)  # keyframes at 2 Hz
         start = nusc.get("sample", nusc.get("scene", record["scene_token"])["first_sample_token"])["timestamp"]
         for channel in rig.CAMERAS:
             frame = nusc.get("sample_data", record["data"][channel])
@@ -192,7 +194,7 @@ def test_annotations_as_predictions_score_one(nusc, tmp_path):
                 "attribute_name": "".join(nusc.get("attribute", a)["name"] for a in annotation["attribute_tokens"]),
             }
             for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"])
-            if annotation["num_lidar_pts"]
+            if annotation["num_lidar_pts"]  # as in the devkit's ground truth
         ]
     path = tmp_path / "results_nusc.json"
     path.write_text(json.dumps({"meta": META, "results": results}))
@@ -224,6 +226,7 @@ def test_lidar_and_cameras_agree(scene):
     """At one instant, LiDAR points project to pixels of their depth, unless they are occluded from the camera."""
     t, size = 1.0, (450, 800)
     scan = rig.scan(scene, t, columns=360, rng=np.random.default_rng(0))
+    # the cameras do not see the ego vehicle
     points = scan.points[scan.category != CATEGORY["vehicle.ego"], :3].astype(np.float64)
     rotation, translation = rig.ego_pose(scene, t)
     points = points @ (rotation * rig.LIDAR_ROTATION).rotation_matrix.T
@@ -287,18 +290,19 @@ def one_worker(tmp_path_factory):
 
 
 def test_contents_depend_on_the_seed_but_not_on_workers(one_worker, tmp_path):
-    pair = synthetic.generate(tmp_path / "pair", workers=2, **TINY)
-    other = synthetic.generate(tmp_path / "other", workers=1, seed=1, **TINY)
-    assert contents(one_worker) == contents(pair)
-    first, second = contents(one_worker), contents(other)
-    images = [name for name in first if name.endswith(".jpg")]
-    assert images and all(first[name] != second[name] for name in images)
+    two_workers = synthetic.generate(tmp_path / "two_workers", workers=2, **TINY)
+    other_seed = synthetic.generate(tmp_path / "other_seed", workers=1, seed=1, **TINY)
+    assert contents(one_worker) == contents(two_workers)
+    seed_0, seed_1 = contents(one_worker), contents(other_seed)
+    images = [name for name in seed_0 if name.endswith(".jpg")]
+    assert images and all(seed_0[name] != seed_1[name] for name in images)
 
 
 def test_a_killed_worker_loses_nothing(one_worker, tmp_path, capfd):
     root, done = tmp_path / "set", threading.Event()
 
     def kill_workers():
+        # wait for the first image, or for the end of `generate`
         while not (list(tmp_path.glob(".set.partial-*/samples/*/*.jpg")) or done.wait(0.01)):
             pass
         for process in multiprocessing.active_children():
@@ -316,11 +320,12 @@ def test_a_killed_worker_loses_nothing(one_worker, tmp_path, capfd):
 
 
 def contents(root):
+    """{path below root: bytes} of all files."""
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
-    """While tables are made, and while the new dataset, complete, is renamed to the place of the old one."""
+    """Whether tables cannot be made, or the complete new dataset cannot be renamed to the place of the old one."""
     root = synthetic.generate(tmp_path / "set", workers=1, **TINY)
     before = contents(root)
     monkeypatch.setattr(synthetic, "make_tables", lambda *_: 1 / 0)

@@ -27,7 +27,7 @@ def test_both_layouts_read_the_same(city, copy, tmp_path):
 
 
 def count_builds(monkeypatch):
-    """A list that gets an entry whenever the indices of all splits are built."""
+    """A list that gets an entry each time the indices are built, which is for all splits at once."""
     builds, build = [], tables._build
     monkeypatch.setattr(tables, "_build", lambda *a, **k: builds.append(a) or build(*a, **k))
     return builds
@@ -36,7 +36,7 @@ def count_builds(monkeypatch):
 def test_the_index_is_built_once_for_all_splits(copy, monkeypatch):
     builds = count_builds(monkeypatch)
     (copy / "unipad-index").mkdir()
-    (copy / "unipad-index" / f".{VERSION}-mini_val.npz.99999999").touch()  # of a killed process
+    (copy / "unipad-index" / f".{VERSION}-mini_val.npz.99999999").touch()  # unfinished, of a killed process
     first = NuScenesDataset(copy, VERSION, "mini_val", Data())
     again = NuScenesDataset(copy, VERSION, "mini_val", Data())
     NuScenesDataset(copy, VERSION, "mini_train", Data())
@@ -57,7 +57,7 @@ def test_the_index_is_rebuilt_when_the_tables_change(copy, monkeypatch):
     table.write_text(json.dumps(records))
     after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
     assert len(builds) == 2
-    np.testing.assert_allclose(after.boxes[:, 5], before.boxes[:, 5] + 1, atol=1e-5)
+    np.testing.assert_allclose(after.boxes[:, 5], before.boxes[:, 5] + 1, atol=1e-5)  # 5: height
 
 
 def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
@@ -81,9 +81,9 @@ def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
         index = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
         for name, array in vars(first).items():
             np.testing.assert_array_equal(array, getattr(index, name))
-        assert len(builds) == (path.read_bytes() != damaged)
+        assert len(builds) == (1 if path.read_bytes() != damaged else 0)  # rebuilt, and written again
         rebuilt += len(builds)
-    assert rebuilt >= 15  # of 33
+    assert rebuilt >= 15  # of 33; the other bits had no effect
 
 
 def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monkeypatch):
@@ -143,8 +143,8 @@ def change_row(root, table, change):
     file.write_text(json.dumps(rows))
 
 
-def nested(depth):
-    """JSON of empty lists in each other."""
+def nested_lists(depth):
+    """JSON of `depth` lists, one inside the other."""
     return "[" * depth + "]" * depth
 
 
@@ -205,7 +205,7 @@ def test_a_wrong_value_is_named_with_its_table(copy, table, field, value, words)
         (b"", "is not valid JSON"),
         (b"[{]", "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
-        (nested(100_000).encode(), "is not valid JSON"),
+        (nested_lists(100_000).encode(), "is not valid JSON"),
         (b"{}", "is not a list of rows"),
         (b"[[]]", "row 0: is not an object"),
         (b"[null]", "row 0: is not an object"),
@@ -262,8 +262,8 @@ def test_invalid_boxes_are_left_out_and_named(copy, capsys):
         rows[number].update(change)
     file.write_text(json.dumps(rows))
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
-    named = b" ".join(dataset.index.left_out).decode()
-    assert all(f"row {number}: " in named for number in numbers)
+    messages = b" ".join(dataset.index.left_out).decode()
+    assert all(f"row {number}: " in messages for number in numbers)
     assert len(dataset.index.labels) == len(before.labels) - 4 and np.isfinite(dataset.index.boxes).all()
     assert dataset.index.box_offsets[-1] == len(dataset.index.boxes)
     assert "4 boxes of sample_annotation.json are left out: row " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: in a separate process, on a small synthetic dataset, on the CPU."""
+"""train.py as a user runs it: in a separate process, on a small synthetic dataset, on the CPU (one test: a GPU)."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from tests import scripts
 from tests.scripts import Script
 
 pytestmark = pytest.mark.slow
-# Few rays and samples; checkpoints and validations only where a test asks for them, or at the end of the run
+# Few rays with few samples each. No checkpoint before the end of the run and no validation, unless a test asks for them
 SMALL = ["--device", "cpu", "--workers", "0", "--rays.per-view", "8", "--log-every", "1", "--save-every", "99"]
 SMALL += ["--val-every", "0", "--val-samples", "1", "--picture-stride", "16"]
 SMALL += ["--render.samples", "12", "--render.importance", "4"]
@@ -71,7 +71,7 @@ def test_tensorboard_has_curves_and_pictures(uninterrupted):
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
-    """In its weights, to an uninterrupted run that also validates."""
+    """Its weights are those of an uninterrupted run that, unlike this one, also validates."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", tmp_path / "run"]
     train(*flags, "--stop-at", 3, cwd=tmp_path)
     assert checkpoint(tmp_path / "run")["step"] == 3
@@ -81,7 +81,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
 
 
 def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
-    """Killed with kill -9 in the middle; --resume auto finds it. Weights and logged losses are those of a whole run."""
+    """Killed with SIGKILL midway; --resume auto finds it. Weights and losses are those of an uninterrupted run."""
     flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "8", "--save-every", "1"]
     process = Script("train.py", *SMALL, *flags, cwd=tmp_path)
     last = wait_for(lambda: list(tmp_path.glob("outputs/train-camera/*/checkpoints/last.pt")), process)[0]
@@ -140,7 +140,7 @@ def test_lidar_and_fusion_train_and_resume_bit_equal(modality, city, tmp_path):
 
 
 def test_lidar_trains_without_images(city, tmp_path):
-    """Where there are no image files; and where --data.no-cameras ignores them, with the same losses."""
+    """Without image files; and with them, but ignored (--data.no-cameras): with the same losses."""
     root = tmp_path / "set"
     root.mkdir()
     for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
@@ -148,11 +148,11 @@ def test_lidar_trains_without_images(city, tmp_path):
     (root / "samples").mkdir()
     (root / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
     flags = ["--modality", "lidar", "--preset", "tiny", "--steps", 2]
-    done = train(*flags, "--data-root", root, "--val-every", 2, "--out", tmp_path / "without", cwd=tmp_path)
+    done = train(*flags, "--data-root", root, "--val-every", 2, "--out", tmp_path / "no_files", cwd=tmp_path)
     assert "no training frame has all its images: rays are cast from the LiDAR" in done.stdout
-    assert (tmp_path / "without" / "images" / "val_000002.png").stat().st_size > 10_000
-    train(*flags, "--data-root", city, "--data.no-cameras", "--out", tmp_path / "with", cwd=tmp_path)
-    assert curve(tmp_path / "with") == curve(tmp_path / "without")
+    assert (tmp_path / "no_files" / "images" / "val_000002.png").stat().st_size > 10_000
+    train(*flags, "--data-root", city, "--data.no-cameras", "--out", tmp_path / "ignored", cwd=tmp_path)
+    assert curve(tmp_path / "ignored") == curve(tmp_path / "no_files")
 
 
 def test_fusion_starts_from_a_camera_and_a_lidar_run(uninterrupted, city, tmp_path):
@@ -166,15 +166,16 @@ def test_fusion_starts_from_a_camera_and_a_lidar_run(uninterrupted, city, tmp_pa
     taken = 0
     for name, weight in weights.items():
         source = lidar if name.startswith("encoder.lidar.") else camera
-        of_batch_norm = "running_" in name or "num_batches" in name  # statistics, which the step changes
-        if name.startswith(("encoder.camera.", "encoder.lidar.")) and not of_batch_norm:
+        statistic = "running_" in name or "num_batches" in name  # of a batch norm: the step changes it
+        if name.startswith(("encoder.camera.", "encoder.lidar.")) and not statistic:
             torch.testing.assert_close(weight, source[name], rtol=1e-6, atol=1e-9)
             taken += 1
-    assert taken > 100
+    assert taken > 100  # weights
 
 
 def test_two_processes_have_the_losses_of_one(city, tmp_path):
-    """Up to rounding, with a small learning rate: AdamW's first updates are signs of gradients, which amplify it."""
+    """Up to rounding, at a small learning rate: AdamW's first updates are lr times the signs of gradients, and rounding
+    may flip the sign of a small one."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 4, "--batch-size", 2, "--lr", 3e-5]
     flags += ["--val-every", 4]
     train(*flags, "--out", tmp_path / "one", cwd=tmp_path)
@@ -187,7 +188,8 @@ def test_two_processes_have_the_losses_of_one(city, tmp_path):
 
 
 def test_accumulated_micro_batches_have_about_the_loss_and_gradient_norm_of_a_batch(city, tmp_path):
-    """Only roughly, since batch norm gets one of the two samples at a time; the schedule is exactly the same."""
+    """In the first step, and only roughly, since batch norm gets one of the two samples at a time. The learning rates
+    are equal in all steps."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 2, "--batch-size", 2]
     train(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
     train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)
@@ -233,7 +235,7 @@ def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
 
 
 def test_a_run_does_not_resume_with_other_settings(uninterrupted, city, tmp_path):
-    """Nor does a new run start in its folder, nor does it resume into another folder."""
+    """Nor into another folder; and no new run starts in its folder."""
     run, _ = uninterrupted
     settings = ["--data-root", city, "--preset", "tiny", "--steps", 8]
     flags = [*settings, "--out", run]
@@ -259,6 +261,7 @@ def wait_for(condition, process, seconds=120):
 
 
 def assert_same_weights(a, b):
+    """Assert that the last checkpoints of two run folders have the same step and bit-equal weights."""
     a, b = checkpoint(a), checkpoint(b)
     assert a["step"] == b["step"]
     assert a["model"].keys() == b["model"].keys()

@@ -31,13 +31,14 @@ from unipad.data.transforms import (
 from unipad.model.camera import CameraEncoder
 from unipad.model.rays import cast_rays, project_points
 
+# Those with one flip are from a right-handed frame to a left-handed one
 TRANSFORMS = {
     "rotated and scaled": make_transform(angle=0.3, scale=1.05),
     "shifted": make_transform(shift=(0.7, -0.4, 0.2)),
     "left and right swapped": make_transform(flip_x=True),
     "front and back swapped": make_transform(flip_y=True),
     "all": make_transform(angle=-0.7, scale=0.9, shift=(-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
-    "all but flip_x": make_transform(angle=0.7, scale=1.1, shift=(-0.3, 0.5, 0.4), flip_y=True),  # left-handed
+    "all but flip_x": make_transform(angle=0.7, scale=1.1, shift=(-0.3, 0.5, 0.4), flip_y=True),
 }
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 
@@ -55,6 +56,7 @@ def test_a_rotation_by_90_degrees_and_scaling_by_2_by_hand(sample):
     before, after = sample.boxes, rotated.boxes
     np.testing.assert_allclose(after[:, :2], 2 * np.stack([-before[:, 1], before[:, 0]], axis=1), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(after[:, 3:6], 2 * before[:, 3:6], rtol=1e-6)
+    # yaw, as a point on the unit circle: 2 pi make no difference
     np.testing.assert_allclose(np.exp(1j * after[:, 6]), 1j * np.exp(1j * before[:, 6]), atol=1e-5)
     np.testing.assert_allclose(after[:, 7:], 2 * np.stack([-before[:, 8], before[:, 7]], axis=1), rtol=1e-5, atol=1e-5)
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
@@ -142,13 +144,13 @@ def test_rays_end_on_the_transformed_points(sample, transform):
     torch.testing.assert_close(ends, targets, rtol=1e-3, atol=1e-2)
 
 
-def test_scales_stay_in_their_limits_and_labels_stay_with_points(sample):
+def test_scales_stay_in_their_limits_and_labels_stay_with_shuffled_points(sample):
     cfg = Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True)
-    distances = np.linalg.norm(sample.points[:, :3], axis=1).sum()  # from the origin
+    total = np.linalg.norm(sample.points[:, :3], axis=1).sum()  # of the points' distances from the origin
     scales = set()
     for seed in range(5):
         varied = augment_sample(sample, np.random.default_rng(seed), cfg)
-        scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / distances
+        scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / total
         assert 0.9 <= scale <= 1.1
         scales.add(round(float(scale), 3))
         # intensity and lag do not change, so they identify a point
@@ -192,7 +194,7 @@ def test_points_and_boxes_are_cropped_after_the_transform(city):
     point_range, cfg = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0)), Augment(rotation=0.7)
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), point_range=point_range, augment=cfg)
     plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
-    assert len(plain.points) != len(varied.points)
+    assert len(plain.points) != len(varied.points)  # after the rotation, other points are in the range
     for points in (plain.points, varied.points):
         assert (np.abs(points[:, :2]) < 20).all()
     assert (np.abs(plain.boxes[:, :2]) >= 20).any()
@@ -201,7 +203,8 @@ def test_points_and_boxes_are_cropped_after_the_transform(city):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_grid_matches_the_original(seed):
-    """The original draws from `np.random.RandomState`: whether there is a grid, then its period, top and left."""
+    """Seeds are of `np.random.RandomState`, from which the original draws whether there is a grid, then its period, top
+    and left."""
     arrays, _ = load("grid_mask")
     expected = arrays[f"out/seed{seed}"].numpy()
     rng = np.random.RandomState(seed)
@@ -223,6 +226,7 @@ def test_a_grid_by_hand():
 
 def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample):
     hidden_fractions = []
+    # one point: points do not matter here
     white = replace(
         sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
     )
@@ -237,7 +241,8 @@ def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample
     assert 0.55 < (hidden_fractions > 0).mean() < 0.8 and 0.1 < hidden_fractions.mean() < 0.25, hidden_fractions
     assert (white.images[0] == 255).all()  # the original image is not modified
     encoder = CameraEncoder(CameraConfig(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
-    normalized = encoder.normalize(torch.from_numpy(HIDDEN_COLOR).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
+    pixel = torch.from_numpy(HIDDEN_COLOR).view(1, 1, 3, 1, 1) / 255
+    normalized = encoder.normalize(pixel, image_sizes=torch.tensor([[[1, 1]]]))
     assert normalized.abs().max() < 0.01
 
 
@@ -292,16 +297,16 @@ def test_colors_by_hand(sample, coins, values, expected):
     assert not rng.coins and not rng.values and len(after) == 2
     for image in after:
         assert image.dtype == np.uint8
-        np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=0.51)
+        np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=0.51)  # rounded
 
 
 def test_colors_are_drawn_per_image(city):
     plain = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment())
     colorful = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment(photometric=True))
     before, after, again = (d.read(0, np.random.default_rng(1)) for d in (plain, colorful, colorful))
-    shifts = [a.mean() - b.mean() for a, b in zip(after.images, before.images, strict=True)]
-    assert all(abs(a - b) > 0.1 for a, b in itertools.combinations(shifts, 2))
-    np.testing.assert_array_equal(after.images, again.images)
+    brightening = [a.mean() - b.mean() for a, b in zip(after.images, before.images, strict=True)]
+    assert all(abs(a - b) > 0.1 for a, b in itertools.combinations(brightening, 2))
+    np.testing.assert_array_equal(after.images, again.images)  # the same seed
 
 
 def test_a_dataset_without_images_has_batches_of_no_views(city, tmp_path):

@@ -1,4 +1,7 @@
-"""Test-time augmentation: ground-truth boxes, transformed to every view, mapped back and merged, are the same boxes."""
+"""Test-time augmentation: ground-truth boxes, transformed to every view, mapped back and merged, are the same boxes.
+
+A view is a transform [4, 4] of the LiDAR frame, not a camera's image.
+"""
 
 import math
 from dataclasses import replace
@@ -26,7 +29,8 @@ def first_frames(root, count, **settings):
 
 
 def test_views_by_hand():
-    assert len(VIEWS) == 3 * 2 * 4 and np.array_equal(VIEWS[0], np.eye(4))
+    assert len(VIEWS) == 3 * 2 * 4  # scales * angles * flips
+    assert np.array_equal(VIEWS[0], np.eye(4))
     assert [np.diag(view).tolist() for view in make_transforms()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
     (view,) = make_transforms(scales=(2.0,), angles=(math.pi / 2,), flips=False)
     assert view @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
@@ -34,7 +38,7 @@ def test_views_by_hand():
 
 @pytest.mark.parametrize("transform", VIEWS[1::5], ids=lambda t: f"{t[0, 0]:.2f} {t[0, 1]:.2f}")
 def test_points_and_cameras_are_transformed_together(transform, city):
-    """Points are transformed; pixels and depths that they project to, and their camera coordinates, are as before."""
+    """Points are transformed; their pixels, depths and camera coordinates are as before."""
     batch = first_frames(city, 1, cameras=True)
     after = transformed_batch(batch, transform)
     homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
@@ -88,9 +92,9 @@ def test_merging_equal_detections_changes_nothing():
     assert len(merged([nothing, nothing]).boxes) == 0
 
 
-def test_merging_keeps_the_better_box_of_each_class():
+def test_merging_keeps_the_best_of_overlapping_boxes_of_a_class():
     box = torch.tensor([[0.0, 0, 0, 2, 4, 1, 0, 0, 0]])
-    near = box + torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0, 0])
+    near = box + torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0, 0])  # 0.5 m beside it: they overlap
     car, bus = torch.tensor([0]), torch.tensor([3])
     of_views = [
         Detections(box, torch.tensor([0.5]), car),

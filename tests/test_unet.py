@@ -12,7 +12,7 @@ from unipad.model.unet import Unet, UnetEncoder
 from unipad.names import to_original
 
 GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 16 x 3 cells
-# Two stages down, two up; features have 5 channels, as many as points have columns
+# Two stages down, two up; features have 5 channels (the last width), and by coincidence points have 5 columns
 SMALL = config.UnetConfig(cell=0.5, mask_block=2, stem=4, widths=(4, 6, 6, 5), blocks=(1, 1, 1, 1))
 
 
@@ -45,15 +45,14 @@ def test_weights_convert_back_to_the_originals_keys():
     arrays, _ = load("spunet_eval")
     ours = {f"encoder.lidar.encoder.{name}": w for name, w in weights(arrays, "encoder.lidar.encoder.").items()}
     theirs = {name.removeprefix("state/"): w for name, w in arrays.items() if name.startswith("state/")}
-    del theirs["pts_middle_encoder.mtoken"]  # unused
+    del theirs["pts_middle_encoder.mtoken"]  # the mask token, which `Unet` does not have
     back, unknown = to_original(ours, spconv=2)
     assert not unknown and back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
 def test_size_of_the_default_unet():
-    """In parameters and mask blocks. Pointcept reports 39.2 M parameters, which include a head for 20 classes
-    (96 * 20 + 20)."""
+    """In mask blocks and in parameters: Pointcept reports 39.2 M, with a head for 20 classes (96 * 20 + 20)."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
     assert net.mask_shape == (10, 135, 135)  # z, y, x: blocks of 0.8 m
@@ -76,8 +75,8 @@ def test_points_have_the_features_of_their_voxels_in_any_batch():
 
 
 def test_without_points_every_layer_runs_and_has_a_gradient():
-    """A gradient of zero; without any, in distributed training, processes that have points would wait for this one
-    forever."""
+    """The gradient is zero. If there were none, the other processes of distributed training would wait forever for the
+    one without points."""
     net = UnetEncoder(SMALL, GRID)
     features, rows, voxel_of = net.voxel_features(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
@@ -116,7 +115,8 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
         net(points, counts, noise)[0].square().sum().backward()
     occupied, visible = "number and extent of occupied cells", "indices of the visible voxels"
     outputs = "number of a convolution's output voxels"
-    assert waits.named == [occupied, visible, outputs, outputs]  # two strided convolutions
+    # reasons given to `backend.host_wait`; outputs: of two strided convolutions
+    assert waits.named == [occupied, visible, outputs, outputs]
     assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
@@ -128,6 +128,7 @@ def test_cells_of_points_are_the_same_on_a_gpu():
     points = torch.stack([x, x, torch.zeros_like(x)], dim=1)
     features, sample = torch.arange(1.0, 20)[:, None], torch.zeros(19, dtype=torch.int32)
     volume = net._volume(features, points, sample, 1)
+    # these points include some that it would move
     assert ((x + 3) * (1 / torch.tensor(0.3))).floor().ne(((x + 3) / torch.tensor(0.3)).floor()).any()
     with DivideLikeGpu():
         assert torch.equal(net._volume(features, points, sample, 1), volume)
@@ -136,7 +137,7 @@ def test_cells_of_points_are_the_same_on_a_gpu():
 def test_masked_blocks_are_not_encoded():
     """Visible blocks are encoded as if there were no masked ones."""
     points, counts = cloud((400, 200))
-    # just below the grid's upper border, where rounding must not put it outside
+    # a point just below the grid's upper border, where rounding must not put it outside
     points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
     net = UnetEncoder(SMALL, GRID).eval()
     noise = torch.rand(2, *net.mask_shape)
@@ -148,7 +149,7 @@ def test_masked_blocks_are_not_encoded():
     ]
     for b in range(2):
         kept, occupied = (sum(c[0] == b for c in block_coords) for block_coords in blocks)
-        assert kept == round(occupied * 0.2)  # 1 - mask_ratio
+        assert kept == round(occupied * 0.2)  # 1 - mask_ratio, which is 0.8 by default
     voxel = ((points[:, :3] - torch.tensor(GRID.low)) / SMALL.cell).long().flip(1)
     block = voxel.clamp(max=torch.tensor([11, 31, 31])) // SMALL.mask_block  # z, y, x; the last voxels of the grid
     sample = torch.tensor([0, 1]).repeat_interleave(counts)

@@ -45,15 +45,15 @@ def test_several_pooled_levels_and_unknown_view_transforms_are_errors():
 
 
 def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():
-    """The structure of `CAMERA_075`, the encoder of the paper's final recipes, at a small size. Also the shapes of its
-    outputs, and that in evaluation equal generators give equal volumes."""
+    """That of `CAMERA_075`, the paper's final recipes, at a small size. Also the shapes of its outputs, and that in
+    evaluation equal generators give equal volumes."""
     camera = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
     camera = replace(camera, depth_bins=20, frozen_stages=0)
     encoder = Encoder(config.Recipe(grid=GRID, camera=camera))
     batch = make_batch([[], []], size=(64, 96), unpadded=(60, 90))  # two samples of two views, without points
     encoded = encoder.encode(batch, generators(0, 1))
-    assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.volume.any()
-    assert [tuple(d.shape) for d in encoded.depths] == [(2, 2, 2, 3, 20)]  # one level, of stride 32
+    assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.volume.any()  # [B, C, Z, Y, X]
+    assert [tuple(d.shape) for d in encoded.depths] == [(2, 2, 2, 3, 20)]  # one level, of stride 32: [B, N, h, w, D]
     assert encoded.masks["camera"].shape == (2, 2, 2, 3)
     (encoded.volume.square().sum() + encoded.depths[0].square().sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
@@ -63,7 +63,7 @@ def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():
     assert torch.equal(volume, again) and masks.keys() == {"camera"}
 
 
-def test_render_projection_reproduces_the_original():
+def test_projection_to_the_render_volume_reproduces_the_original():
     arrays, _ = golden.load("render_head_viewtrans_train")
     project = ConvNormReLU3d(12, 32)
     project.load_state_dict(golden.weights(arrays, "project."))

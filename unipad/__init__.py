@@ -8,7 +8,7 @@ errors.py      the errors that users see: sentences that name the fix
 runtime.py     device, processes, random numbers, stopping on a signal
 exit.py        how a program ends: exit codes, and one line instead of a traceback
 run_folder.py  what a training run leaves: folder, log, checkpoints
-progress.py    what it prints and logs as it goes, and how it ends if it diverges
+progress.py    what a training loop prints and logs, and how it ends if it diverges
 checkpoint.py  reading checkpoints and runs, and taking weights from them
 convert.py     the original's checkpoints and ImageNet's ConvNeXt -> ours, and ours -> the original's
 names.py       parameter names: the original's <-> ours
@@ -18,12 +18,12 @@ data/          datasets read into batches, and the synthetic city
 model/         encoders, volumes, rays, renderer, heads
 evaluate/      metrics: PSNR and depth errors, NDS and mAP, mIoU
 draw/          pictures, videos, meshes, the 3D view of TensorBoard
-selfcheck/     every op compared with its reference in fp64
+selfcheck/     every op of kernels/ compared with its reference in fp64
 """
 
 from pathlib import Path
 
-# `unipad.kernels`: once installed, a folder in this one; in a checkout, the folder next to this one, so that the
-# checkout's root is searched too. It is not a top-level package, since another distribution has that name.
+# `unipad.kernels` is unipad/kernels/ once installed, but kernels/ next to unipad/ in a checkout: there, this package's
+# search path gets the checkout's root. No top-level package, since another distribution has the name `kernels`.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))

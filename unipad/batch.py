@@ -20,7 +20,7 @@ CAMERAS = (
     "CAM_FRONT_LEFT",
 )
 
-# Detection classes 0 to 9, in the order of the devkit
+# Detection classes 0 to 9, in the order of the original's configs (the devkit's is another)
 CLASSES = (
     "car",
     "truck",
@@ -34,7 +34,7 @@ CLASSES = (
     "traffic_cone",
 )
 
-# Classes 1 to 16 of nuScenes-lidarseg
+# Classes 1 to 16 of nuScenes-lidarseg, in the order of the devkit
 LIDARSEG_CLASSES = (
     "barrier",
     "bicycle",

@@ -71,7 +71,7 @@ def boxes_from_global(
 ) -> np.ndarray:
     """nuScenes annotations as boxes [M, 9] float32 in a LiDAR frame.
 
-    box2global:   [M, 4, 4] rigid.
+    box2global:   [M, 4, 4] rigid, from the box's frame: origin at its center, x along l, z up.
     sizes:        [M, 3] w, l, h meters.
     velocities:   [M, 2] m/s, global; NaN, where unknown, becomes 0.
     lidar2global: [M, 4, 4] rigid, from the LiDAR frame that each box is transformed into.
@@ -93,7 +93,7 @@ def boxes_to_global(boxes: np.ndarray, lidar2global: np.ndarray) -> tuple[np.nda
     w, x, y, z, velocity [K, 2] m/s.
     """
     boxes, lidar_rotation = np.asarray(boxes, np.float64), lidar2global[:3, :3]
-    if not len(boxes):  # scipy has no empty rotations
+    if not len(boxes):  # scipy cannot make a `Rotation` of no angles
         return np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 4)), np.zeros((0, 2))
     rotation = Rotation.from_matrix(lidar_rotation) * Rotation.from_euler("z", boxes[:, 6:7])
     translation = boxes[:, :3] @ lidar_rotation.T + lidar2global[:3, 3]

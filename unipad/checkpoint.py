@@ -48,7 +48,7 @@ def remove_unfinished(folder: Path, name: str = "*"):
 
 
 def read_checkpoint(file: Path, lazily: bool = False) -> dict:
-    """Load a checkpoint as data, never as code, onto the CPU. Raises `UserError` where that is not possible.
+    """Load a checkpoint as data, never as code, onto the CPU. Raises `UserError` for one that is missing or unreadable.
 
     lazily: map the file into memory, so that weights are read when they are used; no checksums are checked.
     """
@@ -60,7 +60,7 @@ def read_checkpoint(file: Path, lazily: bool = False) -> dict:
         raise UserError(f"there is no checkpoint {file}.") from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder without checkpoints/last.pt; give a run or a file.") from None
-    except (MemoryError, PermissionError):
+    except (MemoryError, PermissionError):  # `exit_on_user_error` has sentences for them
         raise
     except Exception as error:
         raise UserError(_why_unreadable(file, error)) from None
@@ -127,7 +127,8 @@ def read_run(path: Path, lazily: bool = False) -> tuple[dict, Recipe, Path]:
 
 
 def recipe_of(config) -> Recipe:
-    """The recipe of a checkpoint's `config`. Raises TypeError if it has none, or if JSON cannot hold it."""
+    """The recipe of a checkpoint's `config`. Raises TypeError if JSON cannot hold the config or it has no valid recipe;
+    `UserError` where settings of the recipe contradict each other."""
     _check_plain(config)
     _check_types(config, {"recipe": dict})
     return from_dict(AnyRecipe, config["recipe"])
@@ -179,14 +180,15 @@ def _check_strings(args, flags):
 
 def _check_metrics(metrics):
     """Raises TypeError unless `metrics` is {name: number}, or such dicts under "before", "after" or both."""
-    tables = [table for table in metrics.values() if isinstance(table, dict)] or [metrics]
-    if len(tables) not in (1, len(metrics)) or any(table.keys() != tables[0].keys() for table in tables):
+    nested = [isinstance(values, dict) for values in metrics.values()]
+    dicts = list(metrics.values()) if any(nested) else [metrics]
+    if any(nested) != all(nested) and metrics or any(values.keys() != dicts[0].keys() for values in dicts):
         raise TypeError("its metrics differ in their names")
-    if not all(type(value) in (float, int) for table in tables for value in table.values()):
+    if not all(type(value) in (float, int) for values in dicts for value in values.values()):
         raise TypeError("its metrics are no numbers")
 
 
-def weight_fault(name: str, weight, target: torch.Tensor) -> str | None:
+def tensor_fault(name: str, weight, target: torch.Tensor) -> str | None:
     """Why the value `weight` of a checkpoint cannot be loaded into the tensor `target`, as text; None if it can."""
     if not isinstance(weight, torch.Tensor):
         return f"{name} is a {type(weight).__name__}"
@@ -214,13 +216,13 @@ def weights_fault(mine: dict[str, torch.Tensor], weights: dict) -> str | None:
     for names, what in ((mine.keys() - weights.keys(), "missing"), (weights.keys() - mine.keys(), "unknown")):
         if names:
             return f"{len(names)} are {what}, such as {min(map(str, names))}"
-    return next(filter(None, (weight_fault(name, weights[name], target) for name, target in mine.items())), None)
+    return next(filter(None, (tensor_fault(name, weights[name], target) for name, target in mine.items())), None)
 
 
 def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, print0: Callable) -> set[str]:
-    """Load the weights of `net` whose names begin with `prefix` from other runs, and report what was taken.
+    """Load the weights of `net` whose names begin with `prefix`, those that `paths` have, and report what was taken.
 
-    paths:  as for `find_checkpoint`; where several have a weight, the last one wins.
+    paths:  runs or checkpoints, as for `find_checkpoint`; where several have a weight, the last one wins.
     flag:   the flag that named them, for messages.
     print0: called with a line per path, which says how many weights were taken and which were ignored; then with a
             line of those that keep their random initialization.
@@ -237,7 +239,7 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
         theirs = theirs if isinstance(theirs, dict) else {}
         theirs = {name: w for name, w in theirs.items() if isinstance(name, str)}
         common = {name: theirs[name] for name in mine if name in theirs}
-        faults = [fault for name, w in common.items() if (fault := weight_fault(name, w, mine[name]))]
+        faults = [fault for name, w in common.items() if (fault := tensor_fault(name, w, mine[name]))]
         if not common or faults:
             has = _parts(n for n in theirs if n.startswith(prefix))
             what = f"its {faults[0]}" if faults else f"of {_parts(mine)} it has {has or 'none'}"

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import tyro
 
-from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, recipe_of, weight_fault, write_checkpoint
+from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, recipe_of, tensor_fault, write_checkpoint
 from unipad.config import (
     CONVNEXT,
     Detect,
@@ -116,7 +116,7 @@ def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) ->
     ours, unknown = from_original(state)
     code_weights = state.get(CODE_WEIGHTS)
     unfit = []
-    if code_weights is not None and (fault := weight_fault(CODE_WEIGHTS, code_weights, CODE_WEIGHTS_LIKE)):
+    if code_weights is not None and (fault := tensor_fault(CODE_WEIGHTS, code_weights, CODE_WEIGHTS_LIKE)):
         code_weights, unfit = None, [fault]
     presets, modality = _presets(ours)
     check_choices(preset=(preset, presets))
@@ -277,7 +277,7 @@ def _compare(state, targets, report, unread=()):
             report.notes.append(f"dropped: {name}, which is never read")
         elif name not in targets:
             report.unexpected.append(str(name))
-        elif fault := weight_fault(name, weight, targets[name]):
+        elif fault := tensor_fault(name, weight, targets[name]):
             report.unfit.append(fault)
         else:
             report.taken[name] = weight

@@ -107,7 +107,7 @@ class Renderer(nn.Module):
 
             fused = self._fused(volume)
             cells = self.field.cells_per_unit, self.field.cell_offset
-            sdf_mlp = self.field.sdf_decoder.leaves()
+            sdf_mlp = self.field.sdf_decoder.tensors()
 
             def sdf_at(starts):
                 if fused:
@@ -121,7 +121,7 @@ class Renderer(nn.Module):
                 edges = self.sample(self.cfg, sdf_at, near, far, jitter, self.field.beta)  # [R, S + 1]
             starts, deltas = edges[:, :-1], edges.diff(dim=1)
             if fused:
-                mlps = sdf_mlp, self.field.rgb_decoder.leaves() if self.cfg.rgb_weight > 0 else None
+                mlps = sdf_mlp, self.field.rgb_decoder.tensors() if self.cfg.rgb_weight > 0 else None
                 density_param = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
                 bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(

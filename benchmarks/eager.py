@@ -111,12 +111,12 @@ class EagerRenderer(nn.Module):
             ]
         original_order = torch.cat(rows).argsort()
         joined = {name: torch.cat([part[name] for part in parts])[original_order] for name in parts[0]}
-        of_sample = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
-        return Rendered(**joined, points_sdf=None, of_sample=of_sample.to(volume), points_of_sample=None)
+        of_volume = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
+        return Rendered(**joined, points_sdf=None, of_volume=of_volume.to(volume), points_of_volume=None)
 
     def loss(self, rendered, rays):
         """As `Renderer.loss`, sample by sample."""
-        terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_sample]
+        terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_volume]
         return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 
     def _render(self, volume, origins, directions, jitter):

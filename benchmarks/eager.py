@@ -111,12 +111,12 @@ class EagerRenderer(nn.Module):
             ]
         original_order = torch.cat(rows).argsort()
         joined = {name: torch.cat([part[name] for part in parts])[original_order] for name in parts[0]}
-        of_sample = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
-        return Rendered(**joined, points_sdf=None, of_sample=of_sample.to(volume), points_of_sample=None)
+        of_volume = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
+        return Rendered(**joined, points_sdf=None, of_volume=of_volume.to(volume), points_of_volume=None)
 
     def loss(self, rendered, rays):
         """As `Renderer.loss`, sample by sample."""
-        terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_sample]
+        terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_volume]
         return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 
     def _render(self, volume, origins, directions, jitter):
@@ -146,7 +146,7 @@ class EagerRenderer(nn.Module):
         starts, deltas = edges[:, :-1], edges.diff(dim=1)
 
         points = origins[:, None] + directions[:, None] * starts[..., None]
-        mlps = self.field.sdf_decoder.leaves(), self.field.rgb_decoder.leaves()
+        mlps = self.field.sdf_decoder.tensors(), self.field.rgb_decoder.tensors()
         sdf, gradient, rgb = eager_field(lambda p: self._interpolate(volume, p), points, directions, *mlps)
         slope = -F.relu(-(directions[:, None] * gradient).sum(-1))  # along the ray; at most 0
         # NeuS's CDF at the beginning and the end of each interval
@@ -168,7 +168,7 @@ class EagerRenderer(nn.Module):
         """Weights [R, samples] of the stratified samples under NeuS with a fixed inv_s of 64; the last is 0."""
         starts, deltas = edges[:, :-1], edges.diff(dim=1)[:, :-1]
         points = origins[:, None] + directions[:, None] * starts[..., None]
-        sdf = _mlp(self.field.sdf_decoder.leaves(), points, self._interpolate(volume, points), SOFTPLUS)[..., 0]
+        sdf = _mlp(self.field.sdf_decoder.tensors(), points, self._interpolate(volume, points), SOFTPLUS)[..., 0]
         slope = sdf.diff(dim=1) / (deltas + 1e-5)
         slope = torch.minimum(slope, F.pad(slope[:, :-1], (1, 0))).clip(-1e3, 0)
         middle = (sdf[:, 1:] + sdf[:, :-1]) / 2

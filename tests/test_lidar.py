@@ -93,7 +93,7 @@ def test_size_of_the_paper_model():
     grid = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
     with torch.device("meta"):
         encoder = LidarEncoder(config.LidarConfig(), grid)
-    assert encoder.cells == (40, 1440, 1440) and encoder.mask_shape == (5, 180, 180)
+    assert encoder.voxel_counts == (40, 1440, 1440) and encoder.mask_shape == (5, 180, 180)
     assert sum(p.numel() for p in encoder.parameters()) == 22_629_840
 
 

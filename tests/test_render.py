@@ -314,9 +314,9 @@ def test_losses_by_hand():
         starts=torch.tensor([[0.1, 0.25, 0.4, 0.6, 0.9]]).expand(3, 5),
         sdf=torch.tensor([[0.3, 0.15, 0.2, -0.2, -9.0]]).expand(3, 5),
         gradient=torch.tensor([3.0, 0.0, 4.0]).expand(3, 5, 3),
-        of_sample=torch.tensor([[1.0, 1.0, 0.0]]),
+        of_volume=torch.tensor([[1.0, 1.0, 0.0]]),
         points_sdf=torch.tensor([0.5, -0.25, 100.0]),
-        points_of_sample=torch.tensor([[1.0, 1.0, 0.0]]),
+        points_of_volume=torch.tensor([[1.0, 1.0, 0.0]]),
     )
     rays = Rays(
         origins=torch.zeros(3, 3), directions=torch.zeros(3, 3), depth=torch.tensor([4.0, -1.0, 4.0]),

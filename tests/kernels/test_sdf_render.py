@@ -424,7 +424,7 @@ def test_reproduces_the_original_renderer(monkeypatch):
 
     # gradients sum over all rays, so those of the fused backward are computed at the original's samples
     edges = torch.cat([record["out/z_vals"], record["out/ends"][:, -1:]], dim=1)[..., 0]
-    renderer.sample = lambda *_: edges
+    renderer.sampler = lambda *_: edges
     volume = record["in/feature_volume"].requires_grad_()
     losses = renderer.loss(renderer(volume[None], rays), rays)
     for term, value in losses.items():

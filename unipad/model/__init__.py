@@ -1,7 +1,8 @@
 """The model. Coordinates are in the LiDAR frame, in meters (field.py, samplers.py and the inside of render.py: meters *
-`Grid.scale`); a volume is [B, C, Z, Y, X]; a ray has the index in the batch of the volume that it crosses.
+`Grid.scale`). A volume is [B, C, Z, Y, X] between modules, [B, Z, Y, X, C] inside the decoder and the renderer. The
+rays of all samples are concatenated; `volume_idx` is the sample whose volume a ray crosses.
 
-encoder.py   images, points or both -> one volume: what pre-training trains and fine-tuning starts from
+encoder.py   images, points or both -> one volume: the pre-trained part that fine-tuning starts from
 mask.py      random masks of image patches and of blocks of voxels
 camera.py    images -> features and depth probabilities of every view
 depth.py     depth heads and their LiDAR supervision

@@ -3,11 +3,12 @@
 Masked patches of 32 x 32 pixels contribute nothing to the backbone's features, as if its convolutions were sparse.
 Only its 7x7 convolutions mix neighboring patches (the strided ones have kernels as large as their strides), so it is
 enough that their input, the residual stream, is zero in masked patches: the mask multiplies the outputs of the stem, of
-every downsampling, of every residual branch and of the stages, nothing else. FPN and depth head see every position.
+every downsampling, of every residual branch and of the norms after the stages (norms have a bias), nothing else. FPN
+and depth head have no mask and fill masked patches from their neighbors.
 
-Padding is encoded as in the original, but passes no gradient back: before training its features are all 0, so every
-LayerNorm multiplies gradients there by up to 1 / sqrt(1e-6) = 1000; the gradient norm of an untrained model was 4e9
-instead of 50 (docs/log.md).
+Padding is encoded as in the original, but passes no gradient back: before training its features are all 0 (so are the
+biases), so every LayerNorm multiplies gradients there by up to 1 / sqrt(1e-6) = 1000; the gradient norm of an untrained
+model was 4e9 instead of 50 (docs/log.md).
 
 Module and parameter names are those of the official ConvNeXt, of mmdet's FPN without `.conv.`, and of the original for
 `input_proj` and `depth_net`.
@@ -40,7 +41,7 @@ class CameraEncoder(nn.Module):
         self.depth_net = depth_head(cfg)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        # The memory format of the activations: else cuDNN converts the weights at every call, and DDP warns about
+        # Weights in the memory format of the activations: else cuDNN converts them at every call, and DDP warns about
         # gradients of 1x1 convolutions.
         self.to(memory_format=torch.channels_last)
 
@@ -59,7 +60,7 @@ class CameraEncoder(nn.Module):
             image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalization, and cells
                          that lie wholly in it pass no gradient back.
             mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None: all are.
-            drop_noise:  [B * N, blocks] uniform in [0, 1), for drop path in training; None: none.
+            drop_noise:  [B * N, blocks] uniform in [0, 1), for drop path in training; None: no path is dropped.
             generators:  one `torch.Generator` per sample, for the depth head's dropout in training; None: no dropout.
 
         Returns two lists over levels, channels last and contiguous, in one dtype:
@@ -137,7 +138,7 @@ class ConvNeXt(nn.Module):
     ) -> list[Tensor]:
         """List over `out_stages` of [M, width, H / stride, W / stride]; masked cells are exactly zero.
 
-        images: [M, 3, H, W]; mask: [M, 1, h, w] bool, True = visible, or None.
+        images: [M, 3, H, W]; mask: [M, 1, H / 32, W / 32] bool, True = visible; None: all are.
         drop_noise: [M, blocks] uniform in [0, 1), used in training only; None: no path is dropped.
         image_sizes: [M, 2] height, width before padding; cells wholly in the padding pass no gradient back; None: no
             padding.
@@ -147,7 +148,7 @@ class ConvNeXt(nn.Module):
         for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = down(x)
             visible = None if mask is None else F.interpolate(mask.to(x.dtype), size=x.shape[-2:])  # [M, 1, h, w]
-            if image_sizes is not None:
+            if image_sizes is not None:  # padding is right and below: 2x2 cells lie in it if the upper left does
                 inside = _inside(image_sizes, x) if i == 0 else inside[..., ::2, ::2]
             x = _cut(_scaled(x, visible), inside)
             for block in stage:
@@ -229,7 +230,10 @@ def _scaled(x, scale):
 
 
 def _inside(image_sizes, x):
-    """[M, 1, h, w] bool: which 4-pixel cells of x [M, C, h, w] are not wholly padding; image_sizes: [M, 2] pixels."""
+    """[M, 1, h, w] bool: which cells of x [M, C, h, w], of 4 x 4 pixels, are not wholly padding.
+
+    image_sizes: [M, 2] height, width before padding.
+    """
     rows, cols = (torch.arange(0, 4 * size, 4, device=x.device) for size in x.shape[-2:])
     height, width = image_sizes[:, None, :, None].unbind(2)  # [M, 1, 1]
     return (rows < height)[..., None] & (cols < width)[..., None, :]

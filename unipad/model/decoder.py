@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             x:         [B, Q, C] queries.
-            position:  [B, Q, C] positional embeddings, added to queries and keys, not to values.
+            position:  [B, Q, C] positional embeddings, added to the inputs of attention and gates, not to values.
             reference: [B, Q, 3] logits (x, y, z).
             volume:    [B, Z, Y, X, C].
             blocked:   [Q, Q] bool, True where the row's query must not attend to the column's; None: nowhere.
@@ -94,9 +94,9 @@ class SelfAttention(nn.Module):
 
 
 class VolumeAttention(nn.Module):
-    """Each query reads the volume at its reference point, scaled by its gate: W (g V) of this module's formulas.
+    """Each query reads the volume at its reference point, scaled by its gate: W (g V) of the formulas above.
 
-    `position_encoder` is their e, which `DecoderLayer` adds after dropout.
+    `attention_weights` gives the gate g; `position_encoder` is e, which `DecoderLayer` adds without dropout.
     """
 
     def __init__(self, channels: int):
@@ -111,7 +111,7 @@ class VolumeAttention(nn.Module):
         nn.init.zeros_(self.output_proj.bias)
 
     def forward(self, x: Tensor, reference: Tensor, volume: Tensor) -> Tensor:
-        """x: [B, Q, C]; reference: [B, Q, 3] logits; volume: [B, Z, Y, X, C]; returns [B, Q, C]."""
+        """x: [B, Q, C], positions added; reference: [B, Q, 3] logits; volume: [B, Z, Y, X, C]; returns [B, Q, C]."""
         B, Z, Y, X, _ = volume.shape
         u, v, w = reference.sigmoid().unbind(-1)  # fractions of the range
         # The range's ends are the faces of the outermost cells (align_corners=False), unlike in the renderer.

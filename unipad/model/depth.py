@@ -34,7 +34,7 @@ class SimpleDepth(nn.Conv2d):
 
 
 class ComplexDepth(nn.Module):
-    """The original's DepthNet, with its parameter names: three residual blocks, ASPP, a 1x1 convolution."""
+    """The original's DepthNet, with its parameter names: 3x3 convolution, residual blocks, ASPP, 1x1 convolution."""
 
     def __init__(self, channels: int, bins: int, aspp_channels: int):
         super().__init__()
@@ -49,11 +49,11 @@ class ComplexDepth(nn.Module):
         """x: [B * N, C, h, w]; generators: one `torch.Generator` per sample, for dropout in training; None: no dropout.
         Returns [B * N, bins, h, w]."""
         dropout = Dropout(DROPOUT, generators if self.training else None)
-        *blocks, aspp, logits = self.depth_conv
+        *blocks, aspp, to_logits = self.depth_conv
         x = self.reduce_conv(x)
         for block in blocks:
             x = block(x)
-        return logits(dropout(aspp(x)))
+        return to_logits(dropout(aspp(x)))
 
 
 class ResidualBlock(nn.Module):
@@ -113,10 +113,10 @@ class DilatedConv(nn.Module):
 
 
 def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
-    """Binary cross entropy of the depth bins' probabilities in each cell; true is the bin of its nearest LiDAR point.
+    """Binary cross entropy of each cell's depth bins; the target is 1 for the bin of its nearest LiDAR point, else 0.
 
     depths: per level [B, N, h, w, D] probabilities, from `Encoder.encode`.
-    batch:  the batch they were computed from; views of camera sweeps, too, are compared with the keyframe's points.
+    batch:  the batch they were computed from; all views and points of a sample are compared, also those of sweeps.
 
     Returns the sum over bins, mean over cells with a LiDAR point (0 without any) and sum over levels, times
     `cfg.depth_weight`. Computed in fp32 or better; log(0) is replaced by the log of the smallest normal number.
@@ -127,23 +127,23 @@ def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
         _, _, h, w, D = depth.shape
         target = depth_targets(batch, h, w, D, cfg.depth_range)
         depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
-        occupied = target[..., None] == torch.arange(D, device=depth.device)
+        is_true = target[..., None] == torch.arange(D, device=depth.device)
         # not F.binary_cross_entropy, which aborts the process on a GPU where an overflow has made a NaN
-        likelihood = torch.where(occupied, depth, 1 - depth).clamp(min=torch.finfo(depth.dtype).tiny)
+        likelihood = torch.where(is_true, depth, 1 - depth).clamp(min=torch.finfo(depth.dtype).tiny)
         known = target >= 0
         total = total - (likelihood.log().sum(-1) * known).sum() / known.sum().clamp(min=1)
     return cfg.depth_weight * total
 
 
 def depth_targets(batch: Batch, h: int, w: int, bins: int, depth_range: tuple[float, float]) -> Tensor:
-    """The depth bin of the nearest LiDAR point among the pixels of each cell of the feature map.
+    """The depth bin of the nearest LiDAR point that is projected into each cell of the feature map.
 
     h, w:        size of the feature map, which divides the padded image evenly.
     depth_range: (nearest, farthest) meters along the optical axis, divided into `bins`; only points between them count,
                  strictly inside the image and farther than NEAR_RADIUS from the LiDAR's vertical axis.
 
     Returns [B, N, h, w] int64; -1 without a point. The original sorts points by fp32 keys that do not resolve depths a
-    few meters apart, so there a farther point may win.
+    few meters apart, so its target may be that of a farther point.
     """
     near, far = depth_range
     stride = batch.images.shape[-2] // h

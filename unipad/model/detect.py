@@ -1,10 +1,13 @@
 """UVTR's detection heads (arXiv 2206.00630): queries search the volume for boxes, with or without denoising.
 
-                  plain (UVTR)                                 denoising (UVTR-DN)
-queries start     as learned features, positions, references   as zeros, with embedded learned references as positions
-also trained on   -                                            noisy queries
-predicts          class and box                                class, box and IoU with the true box
-score             p, the probability of the class              sqrt(p * IoU), or p if the recipe says so
+                  plain (UVTR)                          denoising (UVTR-DN)
+queries start     with learned features and positions,  with zero features and learned references,
+                  references computed from positions    positions computed from references
+also trained on   -                                     noisy queries: ground truth boxes with shifted centers
+predicts          class and box                         class, box and IoU with the true box
+score             p, the probability of the class       sqrt(p * IoU), or p if the recipe says so
+
+A position is a query's positional embedding, a reference the point of the volume that it reads (see decoder.py).
 
 Which classes rotated NMS applies to is the recipe's choice.
 """
@@ -81,7 +84,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(self, batch: Batch) -> list[Detections]:
         """The boxes of each sample. Put the model in eval mode first."""
-        volume, _ = self.encoder(batch, None)
+        volume, _ = self.encoder(batch, generators=None)
         predictions, _ = self.head(volume)
         return detections(self.head.cfg, predictions)
 
@@ -109,10 +112,10 @@ class Head(nn.Module):
             nn.init.uniform_(self.reference_points.weight)
             self.query_embedding = nn.Sequential(
                 nn.Linear(3, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels)
-            )  # fmt: skip
+            )  # reference logits -> position  # fmt: skip
         else:
             self.query_embedding = nn.Embedding(cfg.queries, 2 * channels)  # position, feature
-            self.reference_points = nn.Linear(channels, 3)
+            self.reference_points = nn.Linear(channels, 3)  # position -> reference logits
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
 
@@ -139,8 +142,8 @@ class Head(nn.Module):
             logits, codes, ious = [], [], []
             for i, layer in enumerate(self.layers):
                 x = layer(x, position, reference, volume, blocked, dropout)
-                raw = self.reg_branches[i](x)  # [B, Q, 10], a code (see `unipad.boxes`): x, y are 0 and 1, z is 4
-                offset = torch.cat([raw[..., :2], raw[..., 4:5]], dim=-1)  # of x, y, z, in logits
+                raw = self.reg_branches[i](x)  # [B, Q, 10] codes of `unipad.boxes`: entries 0, 1 and 4 are x, y, z
+                offset = torch.cat([raw[..., :2], raw[..., 4:5]], dim=-1)  # of x, y, z, to the reference, in logits
                 center = self.low + (self.high - self.low) * (offset + self._anchor(reference)).sigmoid()
                 codes.append(torch.cat([center[..., :2], raw[..., 2:4], center[..., 2:], raw[..., 5:]], dim=-1))
                 logits.append(self.cls_branches[i](x))
@@ -168,8 +171,8 @@ class Head(nn.Module):
             generators: one per sample, for noise and dropout; None: no dropout, and a denoising head needs `noise`.
             noise:      [groups, M, 3] uniform in [0, 1) instead of drawn noise.
 
-        Returns name -> weighted value, summed over the layers: class, box, and with denoising iou, noisy_class,
-        noisy_box, noisy_iou; see `detection_losses`.
+        Returns name -> weighted value, summed over the layers: class, box, in a denoising head also iou,
+        noisy_class, noisy_box, noisy_iou; see `detection_losses`.
         """
         noisy, counts = None, counts.tolist()
         if self.cfg.denoising:
@@ -193,8 +196,8 @@ class Head(nn.Module):
         return torch.zeros_like(position), position, reference
 
     def _anchor(self, reference):
-        """Reference logits, to which predicted offsets are added; clamped in the plain head, as by mmdet's
-        `inverse_sigmoid`."""
+        """Reference logits to which offsets are added for predicted centers; in the plain head clamped, as by mmdet's
+        `inverse_sigmoid`. References of the next layer are not clamped."""
         if self.cfg.denoising:
             return reference
         limit = math.log((1 - EPS) / EPS)
@@ -209,8 +212,8 @@ def detections(cfg: Detect, predictions: Predictions) -> list[Detections]:
     `nms` has a threshold for it.
     """
     prob = predictions.logits[-1].detach().sigmoid().flatten(1)  # [B, Q * K]
-    prob, query = prob.topk(min(cfg.max_detections, prob.shape[1]))
-    query, labels = query // cfg.classes, query % cfg.classes  # [B, max_detections] each
+    prob, pair = prob.topk(min(cfg.max_detections, prob.shape[1]))
+    query, labels = pair // cfg.classes, pair % cfg.classes  # [B, max_detections] each
     boxes = decode_boxes(predictions.codes[-1].detach().gather(1, query[..., None].expand(-1, -1, CODE_SIZE)))
     scores = prob
     if predictions.iou is not None and cfg.iou_in_score:

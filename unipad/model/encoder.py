@@ -34,8 +34,8 @@ class Encoded:
 class Encoder(nn.Module):
     """Images, points or both to one volume; with both, the two volumes are summed and convolved once.
 
-    With camera sweeps each frame of images is lifted to a separate volume, all in the keyframe's LiDAR frame, which
-    `FrameFusion` merges. Fine-tuning starts from the weights of this module.
+    With camera sweeps, each camera frame is lifted to a volume of its own, in the LiDAR coordinates of the keyframe;
+    `FrameFusion` merges these volumes. Fine-tuning starts from the weights of this module.
     """
 
     def __init__(self, recipe: config.Recipe):
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
             self.lidar = (UnetEncoder if unet else LidarEncoder)(recipe.lidar, recipe.grid)
             convs = 0 if unet else recipe.lidar.volume_convs
             self.lidar_convs = volume_convs(self.channels, convs, bias=False, **NORM)
-            # instead of the momentum of NORM
+            # the recipe's momentum replaces that of NORM
             for module in (*self.lidar.modules(), *self.lidar_convs.modules()):
                 if isinstance(module, SyncedBatchNorm):
                     module.momentum = recipe.lidar.norm_momentum
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 
         batch:      on the model's device.
         generators: one per sample, on that device; None: nothing random, so no mask, no drop path, no dropout.
-        masked:     mask image patches and blocks of voxels, also in eval mode.
+        masked:     mask image patches and blocks of voxels, also in eval mode; without `generators` nothing is masked.
         """
         masked = masked and generators is not None
         volumes, masks, depths = [], {}, None

@@ -14,8 +14,8 @@ from unipad.kernels.trilinear import trilinear, trilinear_value
 class Field(nn.Module):
     """Signed distance, gradient and color at points of a feature volume.
 
-    Points and distances are in the renderer's unit, meters * grid.scale. Parameters have the original's names, so that
-    its state dict loads once the prefix `pts_bbox_head.render_model.field.` is removed.
+    Points and distances are in the renderer's unit, meters * grid.scale. Parameters have the original's names: the
+    original's state dict loads once the prefix `pts_bbox_head.render_model.field.` is removed.
     """
 
     def __init__(self, cfg: Render, grid: Grid):
@@ -24,7 +24,7 @@ class Field(nn.Module):
         self.sdf_decoder = Decoder(cfg.channels, 1 + cfg.hidden, hidden=cfg.hidden, layers=cfg.sdf_layers)
         # direction, feature, gradient, geometry feature -> color
         self.rgb_decoder = Decoder(3 + cfg.channels + 3 + cfg.hidden, 3, hidden=cfg.hidden, layers=cfg.rgb_layers)
-        # of VolSDF and NeuS; one setting initializes both, as in the original
+        # for `beta` (VolSDF) and `inv_s` (NeuS) below; one setting initializes both, as in the original
         self.laplace_density = nn.ParameterDict({
             "beta_min": nn.Parameter(torch.full((1,), 1e-4), requires_grad=False),
             "beta": nn.Parameter(torch.full((1,), cfg.variance)),
@@ -32,8 +32,8 @@ class Field(nn.Module):
         self.deviation_network = nn.ParameterDict({"variance": nn.Parameter(torch.full((1,), cfg.variance))})
         # The centers of the first and last voxel lie on the limits of the range, as with align_corners=True.
         per_meter = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
-        at_zero = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]  # voxel coordinates of the point 0
-        self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3]
+        at_zero = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]  # voxel coordinates of the origin
+        self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3] x, y, z
         self.register_buffer("cell_offset", torch.tensor(at_zero), persistent=False)  # [3]
 
     def forward(
@@ -55,7 +55,7 @@ class Field(nn.Module):
         Differentiable once in `volume` and the parameters.
         """
         feature, slope = trilinear(volume, self.cells(points), volume_idx)  # slope: d feature / d voxel coordinates
-        mlps = self.sdf_decoder.leaves(), self.rgb_decoder.leaves()
+        mlps = self.sdf_decoder.tensors(), self.rgb_decoder.tensors()
         return decode(feature, slope, points, directions, mlps, self.cells_per_unit)
 
     def sdf(self, volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Field(nn.Module):
             feature, _ = trilinear(volume, cells, volume_idx)
         else:
             feature = trilinear_value(volume, cells, volume_idx)  # not differentiable, and cheaper
-        return decode_sdf(feature, points, self.sdf_decoder.leaves())
+        return decode_sdf(feature, points, self.sdf_decoder.tensors())
 
     def cells(self, points: Tensor) -> Tensor:
         """Scaled meters -> voxel coordinates: 0 at the center of the first voxel, n - 1 at that of the last."""
@@ -83,9 +83,11 @@ class Field(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The parameters of one MLP, under the original's names: lin0, lin1, ..; fc_c.0, fc_c.1, ..; fc_p.
+    """The parameters of one MLP, under the original's names: lin0, lin1, ..; fc_c.0, fc_c.1, ..; fc_p. Never called:
+    the ops compute with `tensors()`.
 
-    fc_p reads the point; every fc_c reads the same `inputs` numbers, and its output is added to its layer's input.
+    lin0, lin1, .. are the layers. fc_p reads the point, for lin0's input; fc_c.l reads a vector of `inputs` numbers,
+    the same for all l, and its output is added to lin l's input.
     """
 
     def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):
@@ -95,7 +97,7 @@ class Decoder(nn.Module):
         self.fc_c = nn.ModuleList(nn.Linear(inputs, hidden) for _ in range(layers))
         self.fc_p = nn.Linear(3, hidden)
 
-    def leaves(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """The parameters as `unipad.kernels.sdf_render` takes them: fc_p's, then fc_c's and lin's of each layer."""
         layers = [layer for l, fc in enumerate(self.fc_c) for layer in (fc, getattr(self, f"lin{l}"))]
         return [t for layer in (self.fc_p, *layers) for t in (layer.weight, layer.bias)]

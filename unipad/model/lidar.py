@@ -1,6 +1,7 @@
 """Points to a volume: voxelization, block mask, residual sparse encoder, dense neck.
 
-Module and parameter names inside the encoder and the neck are mmdet3d's; `unipad.names` maps the rest.
+Module and parameter names inside the encoder and the neck are mmdet3d's; `unipad.names` maps the rest. In configs and
+comments, the neck is both dense parts, the modules `backbone` (`Second`) and `neck` (`SecondFPN`).
 """
 
 from collections.abc import Sequence
@@ -48,14 +49,14 @@ class LidarEncoder(nn.Module):
                 f"{stride} needs {required} for a volume of {grid.shape}; use voxels of "
                 f"{tuple(c / stride for c in grid.cell)} m."
             )
-        coarse = max(cfg.neck_strides)
+        coarse = max(cfg.neck_strides)  # a branch of this stride must upsample to the volume's size again
         if any(size % coarse for size in grid.shape[:2]):
             raise UserError(
                 f"--lidar.neck-strides {cfg.neck_strides} needs a volume whose sides in x and y are multiples of "
                 f"{coarse}, not {grid.shape[:2]}; change it or --grid.cell."
             )
-        self.cells = cells[::-1]  # voxels of the range (Z, Y, X)
-        self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
+        self.voxel_counts = cells[::-1]  # of the range, (z, y, x)
+        self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.voxel_counts)  # blocks (z, y, x)
         self.encoder = SparseEncoder(point_channels, cfg.widths, cfg.blocks, cfg.sparse_channels)
         self.backbone = Second(cfg.sparse_channels, cfg.neck_widths, cfg.neck_strides, cfg.neck_layers)
         self.neck = SecondFPN(cfg.neck_widths, cfg.neck_strides, cfg.channels)
@@ -63,7 +64,7 @@ class LidarEncoder(nn.Module):
         if cfg.learnable_token:
             self.mask_token = nn.Parameter(torch.empty(1, point_channels))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # The memory format of the activations: else cuDNN converts the weights at every call.
+        # Weights in the memory format of the activations: else cuDNN converts them at every call.
         self.backbone.to(memory_format=torch.channels_last)
         self.neck.to(memory_format=torch.channels_last)
 
@@ -83,11 +84,14 @@ class LidarEncoder(nn.Module):
         """
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
-        features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
+        features, coords = voxelize(
+            points, point_counts, self.low, cfg.cell, self.voxel_counts, cfg.max_points, max_voxels
+        )
         # One more slice in z, always empty, as in SECOND (40 -> 41). With L slices in the volume and 4 stages, 8 L + 1
         # slices become 4 L + 1, 2 L + 1, L.
-        shape = (self.cells[0] + 1, *self.cells[1:])
-        # Sorted, so that voxels near each other in the grid, which are read together, are near each other in memory.
+        shape = (self.voxel_counts[0] + 1, *self.voxel_counts[1:])
+        # Sorted (`in_order` below), so that voxels near each other in the grid, which are read together, are near each
+        # other in memory.
         _, order = sort_voxels(coords, shape, check=False)
         features, coords = features[order].to(self.encoder.conv_input[0].weight.dtype), coords[order]
         visible_coords = coords
@@ -161,7 +165,7 @@ class Second(nn.Module):
 
 
 class SecondFPN(nn.Module):
-    """The original's SECOND3DFPN: the branches, each upsampled to the finest resolution with `channels`, and summed."""
+    """The original's SECOND3DFPN: the branches, each upsampled to the volume's size with `channels`, and summed."""
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int], channels: int):
         super().__init__()

@@ -16,7 +16,8 @@ from unipad.model.rays import Rays, choose_rays, lidar_points
 from unipad.model.render import Renderer
 from unipad.model.volume import ConvNormReLU3d
 
-# Transmittance at which rays of pictures end on a GPU: errors of at most 0.03 of 255 gray levels and 1 cm of 100 m
+# Transmittance below which a ray ends early on a GPU, for pictures: colors are off by at most 0.03 of 255 gray levels,
+# depths by at most 1 cm on a ray of 100 m.
 STOP = 1e-4
 
 
@@ -38,7 +39,7 @@ class Pretrain(nn.Module):
 
         Returns:
             losses: name of each term -> its weighted value, the mean over samples.
-            missed: fraction of rays that do not cross the volume, and so do not count in the losses.
+            missed: fraction of rays that do not cross the volume, and so do not count in the losses; scalar.
         """
         volume, _ = self.encode(batch, generators)
         batch = batch.keyframe()  # the volume shows the keyframe: views of earlier frames do not match it
@@ -66,7 +67,7 @@ class Pretrain(nn.Module):
     def render_surface(self, volume: Tensor, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
         """What `render` returns, and the surface normals [R, 3]: unit vectors, LiDAR frame; 0 for rays that miss the
         volume."""
-        chunk = 8192 if volume.is_cuda else 512  # rays; 512 fit a CPU's caches: a third less time than with 8192
+        chunk = 8192 if volume.is_cuda else 512  # rays; 512 fit a CPU's caches: a third less time there than with 8192
         parts = []
         for i in range(0, len(rays), chunk):
             rendered = self.renderer(volume, rays[i : i + chunk], stop=STOP)

@@ -1,7 +1,7 @@
 """Which rays are cast, and their targets: from the cameras or, where a batch has none, from the LiDAR.
 
 A candidate for a ray is (u, v, z): a pixel and its depth along the optical axis, 0 where no LiDAR point gives one.
-Choosing rays never waits for the GPU: candidates that must not be chosen are masked, not removed.
+Choosing rays never waits for the GPU: candidates that must not be chosen get rank 0, they are not removed.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
 
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
-    dilation: every `cfg.dilation`-th pixel of each row and column, in random order.
+    dilation: every `cfg.dilation`-th pixel of every `cfg.dilation`-th row, in random order.
     With random and dilation, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
 
     batch:      its `point_counts` are read on the host.
@@ -46,7 +46,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
 
     Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image), sample after
     sample, view after view. In a view with fewer candidates, some rays are repeated.
-    Without cameras: B * 6 * per_view rays from the LiDAR to points, whatever the strategy.
+    Without cameras: B * 6 * per_view rays from the LiDAR to points, as `lidar_rays`, whatever the strategy.
     """
     if not batch.images.shape[1]:
         return lidar_rays(batch, cfg, cfg.per_view, generators)
@@ -93,8 +93,8 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
 
 
 def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
-    """Rays from the LiDAR to `targets` [K, 3] meters, with color 0; a target at the origin gives a ray
-    straight ahead with unknown depth."""
+    """Rays from the LiDAR to `targets` [K, 3] meters, with color 0; a target at the origin, which stands for no point,
+    gives a ray straight ahead with unknown depth."""
     distance = targets.norm(dim=1)  # [K]
     known = distance > 0
     ahead = torch.eye(3, device=targets.device)[1]  # +y
@@ -211,7 +211,7 @@ def _between_radii(points, cfg):
 def _draw(candidates, rank, count, generator):
     """Draw `count` candidates per view without replacement: those of the highest rank first, none of rank 0.
 
-    candidates: [N, K, 3]; rank: [N, K] int.
+    candidates: [N, K, 3], (u, v, z) or points; rank: [N, K] int.
 
     Returns [N, count, 3]. If too few candidates have a rank above 0, they are repeated cyclically; without any, zeros.
     """
@@ -243,7 +243,7 @@ def _with_lidar_depth(pixels, projected, visible, H, W):
 
 
 def _transform(matrices, points):
-    """[N, 4, 4] x [N or 1, K, 3] -> [N, K, 3].
+    """Points [N or 1, K, 3] transformed by matrices [N, 4, 4]: [N, K, 3], before any division by depth.
 
     Written out, since a matmul may run in TF32 or, under autocast, in bf16, and be off by several pixels.
     """

@@ -1,21 +1,22 @@
 """The differentiable renderer: rays through a feature volume -> color and depth, and their losses.
 
-    alpha_s = opacity of sample s,   w_s = alpha_s * prod_{t<s} (1 - alpha_t + 1e-7)
+    sample s has opacity alpha_s, color c_s, distance t_s;   w_s = alpha_s * prod_{i<s} (1 - alpha_i + 1e-7)
     rgb = sum_s w_s c_s  (black background),   depth = sum_s w_s t_s / (sum_s w_s + 1e-10)
 
-Depth is clamped to the range of the samples of all rays through the same volume, as in the original: a ray of zero
-weights has the smallest of them.
+Depth is clamped to the range of the samples of all rays through the same volume, as in the original; a ray whose
+weights are all 0 gets the lower end of that range.
 
     method    where samples are placed                                     opacity from
-    neus      stratified, then from the weights of a NeuS at fixed inv_s   the slope-extrapolated logistic CDF
+    neus      stratified, then from weights of NeuS at a fixed sharpness   the slope-extrapolated logistic CDF
     volsdf    stratified, and from weights within VolSDF's error bound     a Laplace density
     unisurf   around the first surface crossing and by occupancy           occupancy itself
 
-On a GPU the first two run as one fused op, `sdf_render`, where it supports the field; unisurf, other fields, fp64 and
-CPUs run op by op.
+On a GPU, field, opacity and compositing of neus and volsdf are one fused op, `sdf_render`, where it supports the field;
+unisurf, other fields, fp64 and CPUs run op by op.
 
 A sample lies at the start of its interval. The interface is in meters; inside, lengths are meters * grid.scale.
-A ray that misses the box renders black at depth 0 and does not count in any loss.
+A ray that misses the volume renders black at depth 0 and does not count in any loss. A sample is one on a ray; a sample
+of the batch is called a batch sample.
 """
 
 import math
@@ -48,8 +49,8 @@ class Rendered:
     sdf: Tensor  # [R, S] scaled meters
     gradient: Tensor  # [R, S, 3] d sdf / d point, of length 1 for a true distance
     points_sdf: Tensor | None  # [P] scaled meters, at the points given to `forward`; None if no loss needs it
-    of_sample: Tensor  # [B, R] 1 where a ray hits and belongs to the batch sample, else 0
-    points_of_sample: Tensor | None  # [B, P] the same for the points given to `forward`
+    of_volume: Tensor  # [B, R] 1 where a ray hits the volume of the batch sample, else 0
+    points_of_volume: Tensor | None  # [B, P] the same for the points given to `forward`
 
 
 class Renderer(nn.Module):
@@ -66,7 +67,7 @@ class Renderer(nn.Module):
         self.box = [[v * grid.scale for v in corner] for corner in (grid.low, grid.high)]
         if cfg.method not in SAMPLERS:
             raise ValueError(f"no renderer {cfg.method!r}: choose {', '.join(SAMPLERS)}")
-        self.sample, self.jitters = SAMPLERS[cfg.method]
+        self.sampler, self.jitters = SAMPLERS[cfg.method]  # jitters: random numbers per ray
         self.field = Field(cfg, grid)
         # Freeze what is not used: DDP waits for the gradient of every parameter that requires one.
         self.field.deviation_network.requires_grad_(cfg.method == "neus")
@@ -107,7 +108,7 @@ class Renderer(nn.Module):
 
             fused = self._fused(volume)
             cells = self.field.cells_per_unit, self.field.cell_offset
-            sdf_mlp = self.field.sdf_decoder.leaves()
+            sdf_mlp = self.field.sdf_decoder.tensors()
 
             def sdf_at(starts):
                 if fused:
@@ -118,10 +119,10 @@ class Renderer(nn.Module):
 
             with torch.no_grad():
                 jitter = [None] * self.jitters if jitter is None else jitter.to(dtype).unbind(dim=1)
-                edges = self.sample(self.cfg, sdf_at, near, far, jitter, self.field.beta)  # [R, S + 1]
+                edges = self.sampler(self.cfg, sdf_at, near, far, jitter, self.field.beta)  # [R, S + 1]
             starts, deltas = edges[:, :-1], edges.diff(dim=1)
             if fused:
-                mlps = sdf_mlp, self.field.rgb_decoder.leaves() if self.cfg.rgb_weight > 0 else None
+                mlps = sdf_mlp, self.field.rgb_decoder.tensors() if self.cfg.rgb_weight > 0 else None
                 density_param = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
                 bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(
@@ -134,11 +135,11 @@ class Renderer(nn.Module):
                 rgb, depth = out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10)
 
             rgb = rgb if self.training else rgb.clamp(0, 1)
-            of_sample = _of_sample(rays.volume_idx, len(volume), dtype) * hit
-            depth = torch.where(hit, depth.clamp(*_range_of_sample(starts, of_sample, rays.volume_idx)), 0)
-            points_sdf, points_of_sample = self._at_points(volume, points)
+            of_volume = _of_volume(rays.volume_idx, len(volume), dtype) * hit
+            depth = torch.where(hit, depth.clamp(*_range_of_volume(starts, of_volume, rays.volume_idx)), 0)
+            points_sdf, points_of_volume = self._at_points(volume, points)
         return Rendered(
-            rgb, depth / self.scale, hit, weights, starts, sdf, gradient, points_sdf, of_sample, points_of_sample
+            rgb, depth / self.scale, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume
         )
 
     def loss(self, rendered: Rendered, rays: Rays) -> dict[str, Tensor]:
@@ -154,19 +155,19 @@ class Renderer(nn.Module):
         Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none.
         """
         cfg = self.cfg
-        per_ray = rendered.of_sample  # [B, R]
-        per_target = per_ray * (rays.depth > 0)  # [B, R]
+        hit_rays = rendered.of_volume  # [B, R] 1 or 0
+        target_rays = hit_rays * (rays.depth > 0)  # [B, R] 1 or 0
         target = rays.depth[:, None] * self.scale  # [R, 1]
         sdf, starts, truncation = rendered.sdf, rendered.starts, cfg.truncation * self.scale
         before = starts < target - truncation  # [R, S]
         around = ~before & (starts <= target + truncation)  # [R, S]
         terms = {
-            "rgb": lambda: _mean((rendered.rgb - rays.rgb).abs(), per_ray),
-            "depth": lambda: _mean((rendered.depth[:, None] * self.scale - target).abs(), per_target),
-            "free_space": lambda: _mean((truncation - sdf).relu(), per_target, before),
-            "sdf": lambda: _mean((starts + sdf - target).abs(), per_target, around),
-            "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), per_ray),
-            "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_sample),
+            "rgb": lambda: _mean((rendered.rgb - rays.rgb).abs(), hit_rays),
+            "depth": lambda: _mean((rendered.depth[:, None] * self.scale - target).abs(), target_rays),
+            "free_space": lambda: _mean((truncation - sdf).relu(), target_rays, before),
+            "sdf": lambda: _mean((starts + sdf - target).abs(), target_rays, around),
+            "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), hit_rays),
+            "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_volume),
         }
         weights = {name: getattr(cfg, f"{name}_weight") for name in terms}
         assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
@@ -188,33 +189,34 @@ class Renderer(nn.Module):
         return unisurf_alpha(sdf)
 
     def _at_points(self, volume, points):
-        """Signed distance at LiDAR points, and their batch samples; (None, None) where no loss needs them."""
+        """Signed distance [P] at points, and their [B, P] `points_of_volume`; (None, None) where no loss needs them."""
         if points is None or self.cfg.points_weight == 0:
             return None, None
         position, volume_idx = points
         position = (position.to(volume.dtype) * self.scale)[:, None]  # [P, 1, 3]
-        sdf = self.field.sdf(volume, position, volume_idx.clamp(min=0))[:, 0]
-        return sdf, _of_sample(volume_idx, len(volume), volume.dtype)
+        sdf = self.field.sdf(volume, position, volume_idx.clamp(min=0))[:, 0]  # of index -1: not used
+        return sdf, _of_volume(volume_idx, len(volume), volume.dtype)
 
 
-def _of_sample(volume_idx, B, dtype):
-    """[B, R] 1 where the ray belongs to the batch sample. Sums per sample are then products: no atomics, no sorting."""
+def _of_volume(volume_idx, B, dtype):
+    """[B, R] 1 where the index is that of the batch sample. Sums over its rays or points are then matrix products: no
+    atomics, no sorting."""
     return (volume_idx == torch.arange(B, device=volume_idx.device)[:, None]).to(dtype)
 
 
-def _range_of_sample(starts, of_sample, volume_idx):
+def _range_of_volume(starts, of_volume, volume_idx):
     """Smallest and largest start among the rays that hit the same volume, [R] each."""
-    same, volume_idx = of_sample.bool(), volume_idx.long()
+    same, volume_idx = of_volume.bool(), volume_idx.long()
     low = torch.where(same, starts[:, 0], math.inf)  # [B, R]
     high = torch.where(same, starts[:, -1], -math.inf)
     low, high = F.pad(low, (0, 1), value=math.inf), F.pad(high, (0, 1), value=-math.inf)  # R may be 0
     return low.amin(dim=1)[volume_idx], high.amax(dim=1)[volume_idx]
 
 
-def _mean(value, of_sample, mask=None):
+def _mean(value, of_volume, mask=None):
     """Mean of value [R, K] over each batch sample's rays (where mask [R, K], if given), then over the batch."""
     if mask is None:
-        count = of_sample.sum(dim=1) * value.shape[1]
+        count = of_volume.sum(dim=1) * value.shape[1]
     else:
-        value, count = value * mask, of_sample @ mask.sum(dim=1).to(value.dtype)
-    return (of_sample @ value.sum(dim=1) / count.clamp(min=1)).mean()
+        value, count = value * mask, of_volume @ mask.sum(dim=1).to(value.dtype)
+    return (of_volume @ value.sum(dim=1) / count.clamp(min=1)).mean()

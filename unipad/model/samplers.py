@@ -1,4 +1,4 @@
-"""Where along a ray the field is sampled, one function per renderer: returns the edges [R, S + 1] of
+"""Where along a ray the field is sampled, one function per rendering method: returns the edges [R, S + 1] of
 S = `cfg.samples` + `cfg.importance` intervals, whose starts are the samples.
 
 Each first searches for the surface with `sdf_at` (starts [R, n] -> signed distance [R, n]) and then places the samples
@@ -19,11 +19,11 @@ from unipad.kernels.composite import composite
 from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_edges
 from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
-INV_S = 64.0  # NeuS's fixed inverse scale in its first round of the search for the surface; here there is no other
-ERROR = 0.1  # VolSDF: the largest error of the opacity that its bound may allow (epsilon)
+INV_S = 64.0  # NeuS: inverse scale for importance sampling; the fixed one of its first round, here the only round
+ERROR = 0.1  # VolSDF: bound on the opacity's error at which sampling stops (epsilon)
 ROUNDS = 5  # VolSDF: maximum number of rounds of sampling
 BISECTIONS = 10  # VolSDF: steps that narrow down beta+ in one round
-INTERVAL = 0.05  # UniSurf: half the interval around the surface, as a fraction of the ray inside the box
+HALF_WIDTH = 0.05  # UniSurf: of the interval around the surface, as a fraction of the ray inside the volume
 
 
 def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitte
 
     Starting from `search` samples, each round adds as many where the opacity's error bound is largest, until the bound
     is at most ERROR with the field's own `beta` [1] on every ray of the call: rays rendered together stop together (as
-    in the original), for which the host waits for the device once per round. Until then rays use beta+, a larger beta.
+    in the original), for which the host waits for the device once per round. Until then each ray uses beta+, a larger
+    beta that meets the bound.
     """
     edges = stratified_edges(near, far, cfg.search, jitter[0])
     sdf = sdf_at(edges[:, :-1])
@@ -72,19 +73,19 @@ def unisurf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitt
     (before, after), (start, end) = ((x.gather(1, first), x.gather(1, first + 1)) for x in (sdf, starts))
     enters = changes.any(dim=1) & (before[:, 0] > 0)  # a ray that starts inside leaves first: no visible surface
     surface = ((before * end - after * start) / (before - after))[:, 0]  # [R], by linear interpolation
-    half = INTERVAL * (far - near)
+    half = HALF_WIDTH * (far - near)
     low = torch.where(enters, torch.maximum(surface - half, near), near)
     high = torch.where(enters, torch.minimum(surface + half, far), far)
     return merge(stratified_edges(low, high, cfg.samples, jitter[2]), importance)[0]
 
 
-# Renderer -> its sampler and the number of uniforms that it takes per ray
+# Method -> its sampler and the number of uniforms that it takes per ray, the length of `jitter`
 SAMPLERS = {"neus": (neus_edges, 2), "volsdf": (volsdf_edges, ROUNDS + 2), "unisurf": (unisurf_edges, 3)}
 
 
 def _weights(alpha):
     """[R, S] weights of samples with opacity `alpha` [R, S] in the rendered color."""
-    return composite(alpha, alpha[..., None])[1]  # the values, here alpha too, do not matter
+    return composite(alpha, alpha[..., None])[1]  # the composited values, here alpha again, do not matter
 
 
 def _clearance(sdf, deltas):
@@ -94,7 +95,7 @@ def _clearance(sdf, deltas):
     known distance, gets the value of the one before.
     """
     length, before, after = deltas[:, :-1], sdf[:, :-1].abs(), sdf[:, 1:].abs()
-    s = (length + before + after) / 2
+    s = (length + before + after) / 2  # half the perimeter of a triangle with these sides
     area = (s * (s - length) * (s - before) * (s - after)).clamp(min=0).sqrt()  # Heron's formula
     height = torch.where(before + after > length, 2 * area / length, 0)
     # in an obtuse triangle the nearer end, not the foot of the height, is the nearest point of the interval
@@ -113,7 +114,7 @@ def _transmittance_and_error(beta, sdf, deltas, clearance):
     # running sums as products with triangular matrices: on a GPU, a cumsum of floats is not deterministic
     up_to = torch.ones(S, S, dtype=deltas.dtype, device=deltas.device).triu()
     transmittance = torch.exp(-(optical_depth @ up_to.triu(1)))
-    return transmittance, torch.exp(error @ up_to).clamp(max=1e6) - 1
+    return transmittance, torch.exp(error @ up_to).clamp(max=1e6) - 1  # finite, since inf * 0 is NaN
 
 
 def _tighten(beta, beta_plus, sdf, deltas, clearance):

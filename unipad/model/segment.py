@@ -57,14 +57,14 @@ def classes_of(batch: Batch, logits: Tensor) -> list[Tensor]:
     classes = logits.argmax(dim=1).to(torch.uint8) + 1
     is_keyframe = batch.points[:, 4] == 0  # points of sweeps have a time lag
     samples = zip(*(t.split(batch.point_counts.tolist()) for t in (classes, is_keyframe)), strict=True)
-    return [of_sample[rows] for of_sample, rows in samples]
+    return [of_sample[kept] for of_sample, kept in samples]
 
 
 def losses(cfg: config.Segment, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """`cross_entropy`, the mean over labeled points, and `lovasz`, each times its weight.
 
-    logits: [P, K]; labels: [P] uint8 from 1 to K, 0: unlabeled. Without labels both are 0. Means are over the points of
-    this process.
+    logits: [P, K]; labels: [P] uint8 from 1 to K, 0: unlabeled. Without any label both losses are 0. Means are over the
+    points of this process.
     """
     with host_wait("indices of the labeled points"):
         known = (labels > 0).nonzero()[:, 0]
@@ -83,11 +83,11 @@ def lovasz_softmax(probabilities: Tensor, labels: Tensor) -> Tensor:
         return probabilities.sum()  # 0, with a gradient for every weight, as DDP expects
     true = F.one_hot(labels, probabilities.shape[1])  # [P, K] int64: a cumsum of floats is not deterministic
     errors, order = (true - probabilities).abs().sort(dim=0, descending=True)
-    # of the first i points: false negatives (points of class c) and false positives
+    # if the first i points are wrong: false negatives (those of class c) and false positives (the others)
     missed = true.gather(0, order).cumsum(dim=0)
     count = missed[-1]  # [K] points of each class
-    false = torch.arange(1, len(labels) + 1, device=labels.device)[:, None] - missed
-    loss = 1 - (count - missed).to(errors.dtype) / (count + false)  # [P, K] J_i
+    spurious = torch.arange(1, len(labels) + 1, device=labels.device)[:, None] - missed
+    loss = 1 - (count - missed).to(errors.dtype) / (count + spurious)  # [P, K] J_i
     steps = torch.cat([loss[:1], loss[1:] - loss[:-1]])  # J_0 = 0
     present = (count > 0).to(errors.dtype)
     return ((errors * steps).sum(dim=0) * present).sum() / present.sum()

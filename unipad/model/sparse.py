@@ -87,8 +87,8 @@ class VoxelSet:
     def strided(self, kernel: Triple, stride: Triple, padding: Triple, dilation: Triple) -> "VoxelSet":
         """The output voxels of a strided convolution: all whose window contains at least one of these voxels."""
         geometry = (kernel, stride, padding, dilation)
-        outputs = self._cache.find(geometry, self.coords.device)
-        outputs = None if outputs is None else outputs()
+        weak_outputs = self._cache.find(geometry, self.coords.device)
+        outputs = None if weak_outputs is None else weak_outputs()
         return self._make_strided(geometry) if outputs is None else outputs
 
     # Compiled code takes existing tables as inputs. It cannot build them, since their sizes depend on the data.
@@ -214,7 +214,7 @@ class SparseConv3d(_SparseConvolution):
 class SparseInverseConv3d(_SparseConvolution):
     """Back to the input voxels of a `SparseConv3d` with the same kernel, by the inverse of its table.
 
-    The transpose of that convolution, restricted to these voxels.
+    A transposed convolution, with weights of its own, restricted to these voxels.
     """
 
     def output_voxels_and_table(self, voxels):

@@ -1,4 +1,4 @@
-"""Convert checkpoints of UniPAD, the original, and of ImageNet ConvNeXts to this project's ("ours"), and ours back.
+"""Convert checkpoints of UniPAD and ImageNet ConvNeXts to this project's ("ours"), and ours to UniPAD's.
 
     python -m unipad.convert epoch_12.pth camera.pt                    # UniPAD's own: any released config
     python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ImageNet's ConvNeXt, for a camera encoder

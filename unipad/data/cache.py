@@ -12,8 +12,8 @@ from unipad.checkpoint import remove_unfinished
 
 
 def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """Both places for a cached file `name` of the dataset in `root`, in the order to try them: below `root` and, if that
-    is read-only, in the user's cache."""
+    """Both places for a cached file `name` of the dataset in `root`, in the order to try them: below `root` and, where
+    that is read-only, in the user's cache."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root_hash = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     return root / "unipad-index" / name, user_cache / "unipad" / root_hash / name

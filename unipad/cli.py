@@ -42,7 +42,7 @@ UP_TO_1 = {  # floats from 0 to 1
     "rise",
 }
 BELOW_1 = {"mask_ratio", "drop_path", "dropout", "sky", "momentum", "min_momentum"}  # floats from 0 to below 1
-# Flags that choose the recipe of a new run; next to the run of --config or --resume, they must repeat its values
+# Flags that choose the recipe of a new run; with --config or --resume they may only repeat the earlier run's values
 RECIPE_FLAGS = ("task", "modality", "preset", "backbone")
 
 

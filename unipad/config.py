@@ -150,8 +150,8 @@ class LidarConfig:
     """
 
     cell: tuple[float, float, float] = (0.075, 0.075, 0.2)  # voxel size in x, y, z, meters
-    max_points: int = 10  # most points that a voxel keeps; its feature is their mean
-    max_voxels: tuple[int, int] = (120_000, 160_000)  # most voxels of a sample, in training and in evaluation
+    max_points: int = 10  # a voxel keeps at most this many points; its feature is their mean
+    max_voxels: tuple[int, int] = (120_000, 160_000)  # at most per sample, in training and in evaluation
     mask_ratio: float = 0.8  # fraction of the occupied mask blocks whose voxels are masked; 0: no masking
     mask_block: int = 8  # voxels along the edge of a mask block
     learnable_token: bool = False  # keep masked voxels, with a learned feature, instead of removing them
@@ -255,7 +255,7 @@ class Detect:
     noise_groups: int = 10  # denoising: noisy copies of the ground truth; fewer if they would outnumber the queries
     noise_scale: float = 1.0  # denoising: largest shift of a center along each axis, in half box sizes
     noise_split: float = 0.75  # denoising: a copy shifted farther than this fraction of noise_scale is background
-    max_detections: int = 300  # most boxes of a sample, before NMS
+    max_detections: int = 300  # at most this many boxes per sample, before NMS
     min_score: float = 0.0  # boxes with a lower score are dropped
     center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: boxes centered below are dropped
     center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)  # meters: boxes centered above are dropped

@@ -23,13 +23,13 @@ from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
 A = TypeVar("A")
-# Settings of recipes, by their names in any section. Integers that may be 0; all others are at least 1
+# Ranges of the recipes' numbers, by the name of the setting, in whichever section. `nms` has an integer and a float: a
+# class and an IoU.
+# Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
 MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms"}
-# Floats that may be negative, those from 0 to 1, and those from 0 to below 1; all others are at least 0.
-# `nms` has an integer and a float: a class, which may be 0, and an IoU.
-SIGNED = {"low", "high", "center_low", "center_high", "variance"}
-UP_TO_1 = {
+SIGNED = {"low", "high", "center_low", "center_high", "variance"}  # floats that may be negative; all others may not
+UP_TO_1 = {  # floats from 0 to 1
     "flip_x",
     "flip_y",
     "grid_mask",
@@ -41,8 +41,9 @@ UP_TO_1 = {
     "final",
     "rise",
 }
-BELOW_1 = {"mask_ratio", "drop_path", "dropout", "sky", "momentum", "min_momentum"}
-RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the recipe
+BELOW_1 = {"mask_ratio", "drop_path", "dropout", "sky", "momentum", "min_momentum"}  # floats from 0 to below 1
+# Flags that choose the recipe of a new run; with --config or --resume they may only repeat the earlier run's values
+RECIPE_FLAGS = ("task", "modality", "preset", "backbone")
 
 
 def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
@@ -84,7 +85,8 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
 
 
 def run_args(args: A) -> A | None:
-    """The flags of the run that `--config` or `--resume RUN` names, or None without either.
+    """The flags of the run that `--config` or `--resume RUN` names; None without either, or for `--resume auto`, which
+    needs the run's own flags again.
 
     Its --config, --resume, --out and --stop-at are not copied. Raises `UserError` if the run does not exist, is from
     another script or version of this project, or used a custom dataset that `args` does not repeat.
@@ -111,12 +113,12 @@ def run_args(args: A) -> A | None:
 
 
 def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, default: str) -> A:
-    """The flags, with `preset`, `modality` and `recipe` set to the preset that they choose and its recipe.
+    """The flags, with `modality`, `preset` (the name of the chosen preset) and `recipe` filled in.
 
     presets:  modality -> name -> recipe, of one task.
     modality: key of `presets`.
-    default:  preset with --data-root but without --preset. Without both, the dataset is the synthetic city and the
-              preset "tiny".
+    default:  the preset where --data-root is given and --preset is not. Where neither is, the dataset is the synthetic
+              city and the preset "tiny".
     """
     name = args.preset or (default if args.data_root else "tiny")
     check_choices(preset=(name, presets[modality]))
@@ -132,6 +134,7 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 def check_recipe(recipe: Recipe):
     """Raises `UserError` for settings out of their range, and for those that cannot be combined."""
     for section, settings in vars(recipe).items():
+        # not a dataclass: None, or `label_fraction` and `balanced`, which are no sections
         for name, value in vars(settings).items() if dataclasses.is_dataclass(settings) else ():
             flag, least = f"--{section}.{name}".replace("_", "-"), 0 if name in MAY_BE_0 else 1
             for number in _leaves(value):

@@ -19,7 +19,7 @@ from unipad.errors import UserError
 
 
 def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
-    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` with `flag` where cells do not divide the range."""
+    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` naming `flag` where cells do not divide the range."""
     counts = []
     for axis, l, h, c in zip("xyz", low, high, cell, strict=True):
         if not (h > l and c > 0 and math.isfinite(h - l)):
@@ -36,12 +36,13 @@ def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
     return tuple(counts)
 
 
-def check_below(lower_flag: str, lower, upper_flag: str, upper, equal: bool = False):
-    """Raises `UserError` unless `lower` is below `upper`, for tuples number by number; equal: they may be equal."""
+def check_below(lower_name: str, lower, upper_name: str, upper, equal: bool = False):
+    """Raises `UserError`, with their names, unless `lower` is below `upper`, or with `equal` not above it; tuples are
+    compared number by number."""
     pairs = zip(lower, upper, strict=True) if isinstance(lower, tuple) else [(lower, upper)]
     if not all(low < high or equal and low == high for low, high in pairs):
         must = "must not be above" if equal else "must be below"
-        raise UserError(f"{lower_flag} {lower} {must} {upper_flag} {upper}.")
+        raise UserError(f"{lower_name} {lower} {must} {upper_name} {upper}.")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Grid:
 
     @property
     def scale(self):
-        """Meters to the renderer's unit: 1 / the largest |coordinate| of the range."""
+        """The renderer's units of length per meter: 1 / the largest |coordinate| of the range."""
         return 1.0 / max(abs(v) for v in (*self.low, *self.high))
 
 
@@ -108,9 +109,10 @@ class Paste:
 class CameraConfig:
     """Camera encoder: masked ConvNeXt, FPN, depth head and view transform.
 
-    View gather: every voxel samples the views at its lower corner; the depths of the bins go from one end of
-    `depth_range` to the other. View pool: every pixel adds to the voxels along its ray; a bin has the depth of its near
-    edge; one FPN level. Comments on settings that have an effect with one view or depth head only begin with its name.
+    View transform gather: every voxel samples the images where its lower corner projects to; the first and the last
+    depth bin lie at the ends of `depth_range`. View transform pool: every pixel adds to the voxels along its ray; a bin
+    lies at its near edge; the FPN has one level. The comment on a setting that only one view transform or depth head
+    uses begins with its name.
     """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
@@ -126,7 +128,7 @@ class CameraConfig:
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
     depth: Literal["simple", "complex"] = "simple"  # depth head: a 1 x 1 convolution, or residual blocks and ASPP
     aspp_channels: int = 96  # complex depth head: channels of each ASPP branch
-    depth_weight: float = 0.0  # weight of the loss of depth bins against LiDAR depths; final fine-tuning recipes have 1
+    depth_weight: float = 0.0  # fine-tuning only: weight of the loss of the depth bins against LiDAR depths
     view: Literal["gather", "pool"] = "gather"  # view transform
     truncate: bool = False  # pool: round cell coordinates towards zero, as the original does, instead of down
 
@@ -144,12 +146,12 @@ class CameraConfig:
 class LidarConfig:
     """LiDAR encoder: masked voxels, a residual sparse encoder and a dense neck on its output.
 
-    The encoder halves the resolution between stages, so `cell` is the grid's cell over 2^(stages - 1).
+    The sparse encoder halves the resolution between stages, so `cell` must be `Grid.cell` / 2^(stages - 1).
     """
 
     cell: tuple[float, float, float] = (0.075, 0.075, 0.2)  # voxel size in x, y, z, meters
-    max_points: int = 10  # points per voxel; the voxel's feature is their mean
-    max_voxels: tuple[int, int] = (120_000, 160_000)  # voxels per sample, in training and in evaluation
+    max_points: int = 10  # a voxel keeps at most this many points; its feature is their mean
+    max_voxels: tuple[int, int] = (120_000, 160_000)  # at most per sample, in training and in evaluation
     mask_ratio: float = 0.8  # fraction of the occupied mask blocks whose voxels are masked; 0: no masking
     mask_block: int = 8  # voxels along the edge of a mask block
     learnable_token: bool = False  # keep masked voxels, with a learned feature, instead of removing them
@@ -197,7 +199,7 @@ class RayChoice:
     """Which rays a training step casts. Comments on settings that only one strategy uses begin with its name."""
 
     strategy: Literal["depth", "random", "dilation"] = "depth"  # LiDAR points first, random pixels, or a pixel grid
-    per_view: int = 512  # rays per camera of a sample; dilation has one per pixel of its grid
+    per_view: int = 512  # rays per camera of a sample; dilation ignores it: one ray per pixel of its grid
     lidar_per_view: int = 512  # depth: at most this many of the per_view rays go through LiDAR points
     near_radius: float = 3.0  # meters in the ground plane: LiDAR points nearer to the LiDAR are ignored
     far_radius: float = 50.0  # meters in the ground plane: LiDAR points farther from the LiDAR are ignored
@@ -253,11 +255,11 @@ class Detect:
     noise_groups: int = 10  # denoising: noisy copies of the ground truth; fewer if they would outnumber the queries
     noise_scale: float = 1.0  # denoising: largest shift of a center along each axis, in half box sizes
     noise_split: float = 0.75  # denoising: a copy shifted farther than this fraction of noise_scale is background
-    max_detections: int = 300  # boxes per sample, before NMS
-    min_score: float = 0.0  # lowest score of a box
-    center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: lower limits of box centers
-    center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)  # meters: upper limits of box centers
-    iou_in_score: bool = True  # denoising: score boxes by sqrt(p * IoU) instead of p
+    max_detections: int = 300  # at most this many boxes per sample, before NMS
+    min_score: float = 0.0  # boxes with a lower score are dropped
+    center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: boxes centered below are dropped
+    center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)  # meters: boxes centered above are dropped
+    iou_in_score: bool = True  # denoising: score is sqrt(p * predicted IoU) instead of p, the class's probability
     # (class, bird's-eye IoU above which the lower-scored box is dropped): barrier, motorcycle, traffic cone
     nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
 
@@ -295,7 +297,7 @@ class Optim:
     warmup_steps: int = 500  # cosine: steps of the warm-up
     rise: float = 0.4  # one_cycle: fraction of the steps up to the peak
     momentum: float = 0.9  # AdamW's first beta
-    min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: momentum at the peak of lr; mmdet3d's ratio
+    min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: momentum at the peak of lr; 0.85 / 0.95 as in mmdet3d
     epochs: Annotated[float, arg(aliases=["--epochs"])] = 12  # passes over the training frames
     batch_size: Annotated[int, arg(aliases=["--batch-size"])] = 4  # samples per step, over all processes
 
@@ -324,7 +326,7 @@ class PretrainRecipe(Recipe):
 @dataclass(frozen=True)
 class FinetuneRecipe(Recipe):
     label_fraction: float = 1.0  # fraction 1/k of the training frames that is used: every k-th
-    balanced: bool = False  # resample frames so that all classes are equally frequent (CBGS)
+    balanced: bool = False  # draw equally many frames for each class that occurs (CBGS)
     paste: Paste | None = None
 
 
@@ -355,7 +357,7 @@ def to_dict(config) -> dict:
 
 
 def from_dict(kind, value, name=""):
-    """The inverse of `to_dict`: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
+    """The inverse of `to_dict`: JSON-able `value` as a `kind`: a dataclass, the type of a field, or a union of these.
 
     Raises TypeError, with the dotted name of the field, where the fields are not exactly those of a dataclass of
     `kind`, or a value is not of its field's type.

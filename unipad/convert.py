@@ -1,7 +1,7 @@
-"""Convert checkpoints of UniPAD and of ImageNet to this project's, and ours to UniPAD's.
+"""Convert checkpoints of UniPAD and ImageNet ConvNeXts to this project's ("ours"), and ours to UniPAD's.
 
     python -m unipad.convert epoch_12.pth camera.pt                    # UniPAD's own: any released config
-    python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ImageNet's ConvNeXt, to initialize cameras
+    python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ImageNet's ConvNeXt, for a camera encoder
     python -m unipad.convert outputs/train-lidar/<time> lidar.pth      # ours, for UniPAD's mmdet3d
     python -m unipad.convert --merge CAMERA LIDAR fusion.pt            # both encoders, to initialize fusion
 
@@ -9,9 +9,9 @@ Use the result with `train.py --init`, `finetune.py --pretrained` or, if it is a
 read as data: nothing in them is executed. ConvNeXts may be the official ones, timm's (`pytorch_model.bin`),
 torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as the released ones do, or of spconv 2.
 
-All weights must match one to one, unless --no-strict. Two kinds are dropped, and restored on the way back: mmdet3d's
-`code_weights` of boxes, which are a setting here, and norms of stages that the FPN never reads. Optimizer state is
-dropped.
+All weights must match one to one, unless --no-strict. Two kinds of UniPAD's are dropped, and restored on the way back:
+mmdet3d's `code_weights` of boxes, which are a setting here, and norms of stages that the FPN never reads. ImageNet
+classifiers and optimizer states are dropped for good.
 """
 
 import re
@@ -44,7 +44,7 @@ from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
 
 BACKBONE = "encoder.camera.backbone."
-FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
+FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"  # mixes the channels of all camera frames' volumes
 CODE_WEIGHTS_LIKE = torch.tensor(Detect().code_weights)  # a tensor of the shape and type that code weights must have
 CAMERA_RATE = 12.0  # Hz; the original takes camera sweep n to be n / CAMERA_RATE seconds old
 # Prefixes of the classifier in an ImageNet checkpoint, and of the norm before it
@@ -68,20 +68,21 @@ class Report:
 
     def __str__(self):
         columns = {"taken": self.taken, "missing": self.missing, "unexpected": self.unexpected, "unfit": self.unfit}
-        # split: entries of `unfit` are sentences that begin with the name
-        counts = {name: Counter(part_of(key.split()[0]) for key in keys) for name, keys in columns.items()}
-        lines = [f"{'part':<32}" + "".join(f"{name:>12}" for name in columns)]
+        # split: entries of `unfit` are sentences that begin with the weight's name
+        counts = {column: Counter(part_of(key.split()[0]) for key in keys) for column, keys in columns.items()}
+        lines = [f"{'part':<32}" + "".join(f"{column:>12}" for column in columns)]
         for part in sorted(set().union(*counts.values())):
             lines.append(f"{part:<32}" + "".join(f"{count[part]:>12}" for count in counts.values()))
         lines.append(f"{'all':<32}" + "".join(f"{len(keys):>12}" for keys in columns.values()))
-        for name, keys in columns.items():
-            if name != "taken" and keys:
-                lines.append(f"{name}: {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else ""))
+        for column, keys in columns.items():
+            if column != "taken" and keys:
+                more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+                lines.append(f"{column}: {', '.join(keys[:8])}{more}")
         return "\n".join([*lines, *self.notes])
 
 
 def read_weights(path: Path) -> tuple[dict, str, dict]:
-    """(state dict, kind, all contents) of a file or run folder; kind: unipad, convnext or ours.
+    """(state dict, kind, all contents) of a file or run folder; kind: "unipad", "convnext" or "ours".
 
     Raises `UserError` for a file that is none of them.
     """
@@ -89,7 +90,7 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     saved = read_checkpoint(file)
     config = saved.get("config") if isinstance(saved, dict) else None
     if isinstance(config, dict) and "recipe" in config and isinstance(saved.get("model"), dict):
-        saved_recipe(saved, file)
+        saved_recipe(saved, file)  # only to raise its error early
         return saved["model"], "ours", saved
     state = saved
     for wrapper in ("state_dict", "model", "module"):
@@ -98,14 +99,15 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     if not isinstance(state, dict):
         raise UserError(f"{file} has no weights: it is a {type(saved).__name__}, not a state dict.")
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
-    in_unipad, in_convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))  # known names
-    if not in_unipad and not in_convnext:
+    # how many of the weights have names of UniPAD, and of ConvNeXt
+    unipad_count, convnext_count = (len(rename(state)[0]) for rename in (from_original, from_imagenet))
+    if not unipad_count and not convnext_count:
         example = f" (such as {next(iter(state))})" if state else ""
         raise UserError(
             f"{file} is not a checkpoint of UniPAD, of a ConvNeXt or of this project: "
             f"none of its {len(state)} weights{example} has a known name."
         )
-    return state, "unipad" if in_unipad >= in_convnext else "convnext", saved
+    return state, "unipad" if unipad_count >= convnext_count else "convnext", saved
 
 
 def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) -> tuple[dict, Report]:
@@ -156,7 +158,10 @@ def convert_convnext(state: dict[str, torch.Tensor]) -> tuple[dict, Report]:
 
 
 def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
-    """A checkpoint of ours as (mmcv's dict with the original's keys, `Report`)."""
+    """A checkpoint of ours as (mmcv's dict with the original's keys, `Report`).
+
+    spconv: version, 1 or 2, whose layout the weights of sparse convolutions get.
+    """
     recipe = saved_recipe(saved)
     report = Report()
     _compare(saved["model"], _targets(recipe), report)
@@ -180,22 +185,23 @@ def merge(camera: dict, lidar: dict) -> tuple[dict, Report]:
     Heads are dropped: they were trained on other volumes. The convolution that fuses the volumes is left out, so
     training initializes it.
     """
-    of_camera, of_lidar = saved_recipe(camera), saved_recipe(lidar)
-    if of_camera.camera is None or not isinstance(of_lidar.lidar, LidarConfig):
+    camera_recipe, lidar_recipe = saved_recipe(camera), saved_recipe(lidar)
+    if camera_recipe.camera is None or not isinstance(lidar_recipe.lidar, LidarConfig):
         raise UserError("--merge takes a checkpoint with a camera encoder first and one with a LiDAR encoder second.")
-    if of_camera.grid != of_lidar.grid or type(of_camera) is not type(of_lidar):
+    if camera_recipe.grid != lidar_recipe.grid or type(camera_recipe) is not type(lidar_recipe):
         raise UserError("--merge takes checkpoints with the same grid, both pre-trained or both fine-tuned.")
-    presets = DETECT if isinstance(of_camera, DetectRecipe) else PRETRAIN
+    presets = DETECT if isinstance(camera_recipe, DetectRecipe) else PRETRAIN
     recipe = presets["fusion"][DEFAULT_PRESET["fusion"]]
-    recipe = replace(recipe, grid=of_camera.grid, camera=of_camera.camera, lidar=of_lidar.lidar)
-    frames = {name: getattr(of_camera.data, name) for name in ("camera_sweeps", "camera_rate")}
-    recipe = replace(recipe, data=replace(recipe.data, **frames))
+    recipe = replace(recipe, grid=camera_recipe.grid, camera=camera_recipe.camera, lidar=lidar_recipe.lidar)
+    sweep_settings = {name: getattr(camera_recipe.data, name) for name in ("camera_sweeps", "camera_rate")}
+    recipe = replace(recipe, data=replace(recipe.data, **sweep_settings))
     report = Report()
     camera_parts = ("encoder.camera.", "encoder.frame_fusion.", "encoder.lift_convs.")
     lidar_parts = ("encoder.lidar.", "encoder.lidar_convs.")
     for saved, prefixes in ((camera, camera_parts), (lidar, lidar_parts)):
-        report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(prefixes)}
-        others = {part_of(name) for name in saved["model"].keys() - report.taken}
+        taken = {name: w for name, w in saved["model"].items() if name.startswith(prefixes)}
+        report.taken |= taken
+        others = {part_of(name) for name in saved["model"].keys() - taken}
         report.notes += [f"dropped: {part}" for part in sorted(others)]
     args = {"modality": "fusion", "preset": DEFAULT_PRESET["fusion"]}
     return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": to_dict(recipe), "steps": 0}}, report
@@ -211,7 +217,7 @@ def saved_recipe(saved: dict, file: Path | str = "the checkpoint") -> Recipe:
 
 
 def _presets(ours):
-    """(presets of the task and modality that these weight names belong to, the modality)."""
+    """(presets of the task and modality that weights `ours`, under our names, belong to; the modality)."""
     camera, lidar = (any(n.startswith(f"encoder.{part}.") for n in ours) for part in ("camera", "lidar"))
     modality = "fusion" if camera and lidar else "camera" if camera else "lidar"
     fine_tuned = any(name.startswith("head.") for name in ours)
@@ -219,15 +225,16 @@ def _presets(ours):
 
 
 def _with_sizes(recipe, ours, code_weights):
-    """`recipe` with the ConvNeXt size, number of camera sweeps, learnable token and code weights of the file, and with
-    the original's sweep times and rounding in voxel pooling."""
+    """`recipe` with the ConvNeXt size, number of camera sweeps, learnable token and code weights that a file of the
+    original has, and with the original's sweep times and rounding in voxel pooling. ours: its weights, our names."""
     if recipe.camera is not None:
         backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
         depths, widths = _convnext_sizes(backbone)
         camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
         recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
     if FRAME_FUSION in ours:
-        out_width, in_width, *_ = *ours[FRAME_FUSION].shape, 1, 1  # a damaged one has any shape
+        # 1, 1 and max: a damaged weight may have any shape
+        out_width, in_width, *_ = *ours[FRAME_FUSION].shape, 1, 1
         sweeps = max(1, in_width // max(1, out_width))
         recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=sweeps, camera_rate=CAMERA_RATE))
     if isinstance(recipe.lidar, LidarConfig) and "encoder.lidar.mask_token" in ours:
@@ -271,7 +278,8 @@ def _unread_norms(recipe):
 
 
 def _compare(state, targets, report, unread=()):
-    """Add each weight of `state` to `report`; targets: those of the model; unread: names to drop."""
+    """Add each weight of `state`, and those missing in it, to `report`; targets: the model's weights; unread: names to
+    drop."""
     for name, weight in state.items():
         if name in unread:
             report.notes.append(f"dropped: {name}, which is never read")

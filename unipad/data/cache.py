@@ -1,4 +1,4 @@
-"""Files computed from a dataset once and read by later runs. Callers compute a damaged or missing one again."""
+"""Files computed from a dataset once and read by later runs. Callers recompute a damaged or missing one."""
 
 import contextlib
 import hashlib
@@ -12,10 +12,11 @@ from unipad.checkpoint import remove_unfinished
 
 
 def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """Where to cache a file `name` of the dataset in `root`: below it or, if that is read-only, in the user's cache."""
+    """Both places for a cached file `name` of the dataset in `root`, in the order to try them: below `root` and, where
+    that is read-only, in the user's cache."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    dataset = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    return root / "unipad-index" / name, user_cache / "unipad" / dataset / name
+    root_hash = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    return root / "unipad-index" / name, user_cache / "unipad" / root_hash / name
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
@@ -31,16 +32,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def write_arrays(paths: tuple[Path, ...], arrays: dict) -> None:
-    """Write an .npz file, atomically, to the first of `paths` where that is possible; if there is none, do nothing."""
+    """Write an .npz file, atomically, to the first of `paths` that can be written; if none can, do nothing."""
     for path in paths:
-        part = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(path.parent, path.name)  # unfinished files of killed processes
-            with open(part, "wb") as file:
+            remove_unfinished(path.parent, path.name)  # of killed processes
+            with open(unfinished, "wb") as file:
                 np.savez_compressed(file, **arrays)
-            os.replace(part, path)
+            os.replace(unfinished, path)
             return
         except OSError:
             with contextlib.suppress(OSError):
-                part.unlink()
+                unfinished.unlink()

@@ -1,15 +1,15 @@
 """Cut-and-paste: points and pixels of objects from other training frames, pasted into a sample.
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
-    objects   sampled at random, up to `Paste.counts` of each class, the sample's own objects included
+    objects   sampled at random, until the sample has `Paste.counts` of each class, its own objects included
     position  the LiDAR coordinates in the frame that they were cut from; an object whose box overlaps another in
               bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
     pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are pasted again in
               the same order, so that near objects cover far ones; in images of camera sweeps, around the box moved by
               its velocity to the time of the image
-Unlike in the original: pixels come from the camera that they are pasted into, where the original has one picture of an
-object for all cameras; of overlapping objects the one sampled first is pasted, in the original the last one.
+Unlike in the original: an object has a picture of its own for each camera that it was visible in, where the original
+has one for all cameras; of overlapping objects the one sampled first is pasted, in the original the last one.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ class Objects:
     file: Path  # points [n, 5] float32 as in `Sample`, but x, y, z meters from the box's center; pictures as JPEG
     boxes: np.ndarray  # [K, 9] float32 as in `Batch`
     labels: np.ndarray  # [K] int64
-    points: np.ndarray  # [K, 2] int64 where they are in `file`: first byte, number of points
-    pictures: np.ndarray  # [R, 4] int64 object (ascending), view, and where it is in `file`: first byte, size in bytes
+    points: np.ndarray  # [K, 2] int64 where an object's points are in `file`: first byte, number of points
+    pictures: np.ndarray  # [R, 4] int64 object (ascending), view, and the JPEG's first byte in `file`, size in bytes
 
     def paste_into(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """The sample with objects pasted into its images and appended to its points and boxes; pasted points have label
-        0."""
+        """The sample with objects pasted into its images and appended to its points and boxes; pasted points have the
+        point label 0, none."""
         chosen = self._chosen(sample, rng)
         if not len(chosen):
             return sample
@@ -78,7 +78,7 @@ class Objects:
         boxes = np.concatenate([sample.boxes, self.boxes[candidates]]).astype(np.float64)
         boxes = footprint(torch.from_numpy(boxes))
         overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [candidates, own + candidates]
-        placed = np.zeros(len(boxes), bool)  # the sample's own boxes, and the candidates that fit in so far
+        placed = np.zeros(len(boxes), bool)  # True: the sample's own boxes, and the candidates that fit in so far
         placed[:own] = True
         for i in range(len(candidates)):
             placed[own + i] = not (overlap[i] & placed).any()
@@ -140,8 +140,8 @@ def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Obj
     return Objects(paste.counts, file, **arrays)
 
 
-FORMAT = 2  # version of the two cached files; increment when the meaning of their contents changes
-QUALITY = 95  # of the cached JPEGs, of 100: they lose little compared with the dataset's own compression
+FORMAT = 2  # version of the cached files, .npz and .bin; increment when the meaning of their contents changes
+QUALITY = 95  # JPEG quality of the pictures, of 100: they lose little compared with the dataset's own compression
 
 
 def _digest(text):
@@ -175,7 +175,7 @@ def _make_cache(dataset, paste, paths, workers):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             pattern = f"{path.stem.rpartition('-')[0]}-*"  # caches of the same settings, from any state of the tables
-            remove_unfinished(path.parent, pattern)  # unfinished files of killed processes
+            remove_unfinished(path.parent, pattern)  # of killed processes
             arrays_and_file = _write(dataset, paste, path, workers)
             for old in path.parent.glob(pattern):
                 if path.stem not in old.name:  # of an earlier state of the tables
@@ -193,14 +193,14 @@ def _write(dataset, paste, path, workers):
     """Cut the objects out, write the arrays to `path` (small) and points and pictures to a file next to it (large), and
     return what `_read` does. Each file is renamed when complete, the large one first: the small one never exists alone.
     """
-    frames = load_items(_Frames(dataset, paste.min_points), range(len(dataset)), workers)
+    cuts_of_frames = load_items(_CutsOfFrames(dataset, paste.min_points), range(len(dataset)), workers)
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []
     file = path.with_suffix(".bin")
-    parts = {to: to.with_name(f".{to.name}.{os.getpid()}") for to in (file, path)}
+    unfinished = {to: to.with_name(f".{to.name}.{os.getpid()}") for to in (file, path)}
     try:
-        with open(parts[file], "wb") as large_file:
-            for cuts, bad_frames in tqdm(frames, title, len(dataset), unit="frame"):
+        with open(unfinished[file], "wb") as large_file:
+            for cuts, bad_frames in tqdm(cuts_of_frames, title, len(dataset), unit="frame"):
                 for bad in bad_frames:
                     tqdm.write(f"skipped {bad}", file=sys.stderr)
                 for cut in cuts:
@@ -217,18 +217,19 @@ def _write(dataset, paste, path, workers):
             "points": np.array(points, np.int64).reshape(-1, 2),
             "pictures": np.array(pictures, np.int64).reshape(-1, 4),
         }
-        with open(parts[path], "wb") as small_file:
-            np.savez_compressed(small_file, checksum=_checksum(parts[file]), **arrays)
+        with open(unfinished[path], "wb") as small_file:
+            np.savez_compressed(small_file, checksum=_checksum(unfinished[file]), **arrays)
         for to in (file, path):
-            os.replace(parts[to], to)
+            os.replace(unfinished[to], to)
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        for left_over in unfinished.values():
+            left_over.unlink(missing_ok=True)
     return arrays, file
 
 
-class _Frames(Dataset):
-    """Item i: (list of the `Cut`s of frame i, list of `path: reason` if it could not be read, else empty)."""
+class _CutsOfFrames(Dataset):
+    """Item i: (list of the `Cut`s of the dataset's frame i, list of `path: reason` if it could not be read, else
+    empty)."""
 
     def __init__(self, dataset, min_points):
         self.dataset, self.min_points = dataset, min_points
@@ -238,6 +239,7 @@ class _Frames(Dataset):
 
     def __getitem__(self, i):
         try:
+            # not dataset[i], which crops the points to `point_range`
             return cut_out(self.dataset.load(self.dataset.frames[i]), self.min_points), []
         except BadFrame as bad:
             return [], [str(bad)]
@@ -280,7 +282,8 @@ def _at_image_time(sample, view, boxes):
     if sample.frame_lags is None:
         return boxes
     boxes = boxes.copy()
-    frame = view * len(sample.frame_lags) // len(sample.images)  # views are in the order of frames, cameras in each
+    # views are sorted by camera frame: the keyframe's, then those of each frame before it
+    frame = view * len(sample.frame_lags) // len(sample.images)
     boxes[:, :2] -= sample.frame_lags[frame] * boxes[:, 7:]  # a lag is an age; columns 7, 8: velocity
     return boxes
 
@@ -290,9 +293,10 @@ def visible_rectangles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rectangles around boxes [M, 9] in an image of `size` (height, width).
 
-    Returns rows [S] of the visible boxes, far ones first, and rectangles [S, 4] int left, top, right, bottom pixels,
-    the last two exclusive: around all corners, clipped to the image without its last row and column. A box is visible
-    if it is entirely in front of the camera and its rectangle is at least two pixels wide and high.
+    Returns rows [V] of the visible boxes, far ones first, and rectangles [V, 4] int left, top, right, bottom pixels,
+    the last two exclusive: around all corners, clipped (as in the original) to the image without its last row and
+    column. A box is visible if it is entirely in front of the camera and its rectangle at least two pixels wide and
+    high.
     """
     height, width = size
     corners = box_corners(boxes)

@@ -2,7 +2,7 @@
 
 A new dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
 `--dataset package.module:Class`. Coordinate frames and units are those of `unipad.batch`. To resume, repeat or evaluate
-a run of a class outside `unipad.data`, give that flag again: the files of a run do not decide which code is imported.
+a run whose class is outside `unipad.data`, give that flag again: a run's files do not decide which code is imported.
 """
 
 import copy
@@ -37,22 +37,22 @@ class Sample:
     """One keyframe. Meters, seconds, radians; "LiDAR" is its LiDAR's coordinate frame: x right, y forward, z up.
 
     N views: the cameras of the keyframe in a fixed order (nuScenes: `batch.CAMERAS`), then, with camera sweeps, those
-    of the S - 1 frames of images before it, the newest first. Any number of cameras; N and S are the same in all
-    samples; N = 0 without images.
+    of the S - 1 camera frames before it, the newest first. Any number of cameras; N and S are the same in all samples;
+    N = 0 without images.
 
     images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
     lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
     lidar2camera: [N, 4, 4] float32 LiDAR -> camera (x right, y down, z forward) when the image was taken; rigid as
                   loaded, but augmentation may scale and flip.
-    points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag: 0 for points of the keyframe, which come
-                  first as loaded (augmentation may shuffle); the age of those of sweeps, transformed into LiDAR.
+    points:       [P, 5] float32 x, y, z in LiDAR, those of sweeps too; intensity 0-255; time lag, the point's age
+                  relative to the keyframe. The keyframe's points, of lag 0, are first, unless augmentation shuffles.
     point_labels: [P] uint8 class 1-16 in the order of `batch.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
                   dataset has no such labels.
     boxes:        [M, 9] float32 x, y, z of the center, w, l, h, yaw, vx, vy in LiDAR; yaw is the direction of l, from x
                   towards y; an unknown velocity is 0. M = 0 without boxes.
     labels:       [M] int64 class 0-9 in the order of `batch.CLASSES`.
     token:        name of the frame, unique in the split.
-    frame_lags:   [S] float32 age of each frame of images, 0 for the keyframe, first; None: S = 1.
+    frame_lags:   [S] float32 age of each camera frame relative to the keyframe, which is first, with 0; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
     """
 
@@ -214,28 +214,29 @@ class DrivingDataset(torch.utils.data.Dataset):
         return sample
 
     def with_objects(self, objects) -> "DrivingDataset":
-        """This dataset with `objects`, a `cutpaste.Objects`, that `read` pastes into samples."""
+        """This dataset with a `cutpaste.Objects` from which `read` pastes objects into samples."""
         dataset = copy.copy(self)
         dataset.objects = objects
         return dataset
 
     def balanced(self, seed: int) -> "DrivingDataset":
-        """This dataset with frames drawn with replacement so that every class is as frequent as any other (CBGS).
+        """This dataset with frames drawn with replacement, equally many for each class that occurs (CBGS).
 
-        For each class that occurs, equally many frames are drawn from those that contain it, in total as many as there
-        are pairs of a frame and a class in it: the longer epoch of the original. Depends only on the seed and the
-        labels. Raises `DataError` where no frame has a box.
+        Those for a class are drawn from the frames that contain it. In total there are about as many as pairs of a
+        frame and a class in it: the longer epoch of the original. Depends only on the seed and the labels. Raises
+        `DataError` where no frame has a box.
         """
-        rng = np.random.default_rng([seed, 0, 2])  # the loader uses [seed, epoch] and [seed, position, 1 or 3]
+        # other random numbers than the loader's, whose seeds are [seed, epoch] and [seed, position, 1 or 3]
+        rng = np.random.default_rng([seed, 0, 2])
         classes = [np.unique(self.labels_of(f)) for f in self.frames]
-        pairs = np.concatenate(classes)
-        if not len(pairs):
+        class_of_pair = np.concatenate(classes)
+        if not len(class_of_pair):
             raise DataError(f"no frame of {self.root / self.version} {self.split} has a box to balance the classes by.")
         frame_of_pair = np.repeat(self.frames, [len(c) for c in classes])
-        present = np.unique(pairs)
-        per_class = len(pairs) // len(present)
+        present = np.unique(class_of_pair)
+        per_class = len(class_of_pair) // len(present)
         dataset = copy.copy(self)
-        dataset.frames = np.concatenate([rng.choice(frame_of_pair[pairs == c], per_class) for c in present])
+        dataset.frames = np.concatenate([rng.choice(frame_of_pair[class_of_pair == c], per_class) for c in present])
         return dataset
 
 
@@ -261,7 +262,7 @@ def check_recorded(name: str, run: Path):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples to a `Batch` on the CPU; images are padded at the right and bottom to a common multiple of 32 pixels."""
+    """Samples to a `Batch` on the CPU; images are padded at the right and bottom to one size, a multiple of 32."""
     views = len(samples[0].images)
     sizes = [image.shape[:2] for s in samples for image in s.images]
     sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
@@ -296,7 +297,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def _crop_points(sample, low, high):
-    """The sample with only the points inside the box with corners `low` and `high`, (x, y, z) meters."""
+    """The sample with only the points between the corners `low` and `high`, (x, y, z) meters."""
     points, labels = sample.points, sample.point_labels
     inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
     return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])

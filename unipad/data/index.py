@@ -16,9 +16,10 @@ from unipad.data.schema import box_fault, fault
 
 NO_CATEGORY = 255  # stands for a class where a label in a file is no category's index
 CAMERA_SWEEPS = 5  # of each camera before a keyframe: all between two keyframes (cameras at 12 Hz, keyframes at 2 Hz)
-MAX_DISTANCE = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
-MAX_SPEED = 200.0  # m/s: a higher velocity of an object counts as unknown, one of the ego vehicle is an error
-# meters from the LiDAR to a camera or (unless `MAX_SPEED` allows more) to its own previous frame: more is a wrong pose
+MAX_DISTANCE = 1e4  # meters from the LiDAR along an axis: points farther away are an error, boxes are left out
+MAX_SPEED = 200.0  # m/s: an object that is faster along x or y counts as one of unknown velocity; see also `MAX_OFFSET`
+# meters: a pose is wrong that puts the LiDAR farther than this from a camera, or from where it was one LiDAR frame
+# earlier, unless it got there at less than `MAX_SPEED`
 MAX_OFFSET = 200.0
 MAX_GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
 FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
@@ -29,13 +30,14 @@ class Index:
     """What the samples of one split need from the tables.
 
     F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
-    Text is in bytes, paths are relative to the data root. The cameras are those of which any keyframe has an image:
-    where another keyframe has none, the file's name is empty, and size and matrices have no meaning.
+    Text is in bytes, paths are relative to the data root. The cameras are those of which any keyframe of the version,
+    in whichever split, has an image: where a keyframe has none, the file's name is empty, and size and matrices have no
+    meaning.
     """
 
     cameras: np.ndarray  # [N] names: nuScenes' in the order of `CAMERAS`, then others by name
     tokens: np.ndarray  # [F] sample tokens
-    frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
+    frame_lidar: np.ndarray  # [F] row of the keyframe among the L LiDAR frames
     lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP's keyframes
     image_files: np.ndarray  # [F, N]
     image_sizes: np.ndarray  # [F, N, 2] int64 height, width according to the tables
@@ -66,7 +68,7 @@ class CameraSweeps:
     image_sizes: np.ndarray  # [F, W, N, 2] int64 as in `Index`
     intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
     lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
-    # of the images of the first camera that has one in the keyframe:
+    # both for the first camera that has an image in the keyframe:
     numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe: 1, 2, ...; 0 where the keyframe is repeated
     lags: np.ndarray  # [F, W] float32 how many seconds before the keyframe's image
 
@@ -86,11 +88,11 @@ def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
             raise _fault(nusc, "sample", sample, "has no keyframe of the sensor LIDAR_TOP")
     tokens = {s["token"] for s in samples}
     lidar = [r for r in nusc.sample_data if r["channel"] == "LIDAR_TOP" and r["sample_token"] in tokens]
-    row = {r["token"]: i for i, r in enumerate(lidar)}
-    frame_lidar = np.array([row[s["data"]["LIDAR_TOP"]] for s in samples], np.int64)
+    lidar_row = {r["token"]: i for i, r in enumerate(lidar)}
+    frame_lidar = np.array([lidar_row[s["data"]["LIDAR_TOP"]] for s in samples], np.int64)
     lidar2global = _sensor2global(nusc, lidar)
     lidar_times = np.array([r["timestamp"] for r in lidar], np.int64)
-    lidar_prev = np.array([row.get(r["prev"], -1) for r in lidar], np.int64)
+    lidar_prev = np.array([lidar_row.get(r["prev"], -1) for r in lidar], np.int64)
     _check_motion(nusc, lidar, lidar2global, lidar_times, lidar_prev)
     images = [nusc.get("sample_data", s["data"][c]) if c in s["data"] else None for s in samples for c in names]
     samples_and_bar = tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")
@@ -152,7 +154,7 @@ def _boxes(nusc, samples, lidar2global):
     frames = np.array(frames, np.int64)
     sizes = np.array([a["size"] for a in annotations], np.float64).reshape(-1, 3)
     velocities = np.array(velocities, np.float64).reshape(-1, 2)
-    velocities[~(np.abs(velocities) < MAX_SPEED).all(axis=1)] = 0  # NaN too: unknown velocities are 0 in `Batch`
+    velocities[~(np.abs(velocities) < MAX_SPEED).all(axis=1)] = 0  # NaN too: unknown velocities are 0 in `Sample`
     boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frames])
     near = (np.abs(boxes[:, :3]) < MAX_DISTANCE).all(axis=1)
     for i in np.flatnonzero(~near):
@@ -188,8 +190,8 @@ def build_camera_sweeps(nusc, split: str, scenes: set[str], verbose: bool) -> Ca
 
 
 def _chain_before(nusc, record):
-    """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated;
-    for None as many times None."""
+    """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated; all
+    None if `record` is None."""
     chain = []
     for _ in range(CAMERA_SWEEPS):
         if record and record["prev"]:
@@ -282,13 +284,13 @@ def _lidarseg(nusc):
     classes = np.full(256, NO_CATEGORY, np.uint8)
     if not hasattr(nusc, "lidarseg"):
         return {}, classes
-    for category, label in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
-        classes[category] = label
+    for label, class_ in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
+        classes[label] = class_
     return {r["sample_data_token"]: r["filename"] for r in nusc.lidarseg}, classes
 
 
 def _text(strings):
-    """An array of bytes, since an array of str takes four times the memory."""
+    """An array of bytes objects, since an array of str takes four times the memory."""
     return np.array([string.encode() for string in strings], "S")
 
 

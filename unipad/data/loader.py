@@ -1,11 +1,12 @@
-"""Samples in the order of training: micro-batch i is a function of i and the seed alone.
+"""Batches of a dataset: for training an endless stream of micro-batches, for evaluation some or all frames in order.
 
 Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. The i-th micro-batches
 of all ranks together cover the i-th group of micro_batch * world positions, split into one contiguous range per rank.
 So a stream started at a later micro-batch resumes exactly where another one stopped, two ranks together load the same
 frames as one with twice the micro-batch, and no frame is dropped at the end of an epoch.
 
-A rank is one of the `world` training processes; workers are processes of a rank that only load.
+A rank is one of the `world` training processes; workers are processes of a rank that only load. A frame is given by its
+index in the dataset, 0 to n - 1 (`DrivingDataset.frames` maps it to the frame's number in the split).
 """
 
 import collections
@@ -40,7 +41,7 @@ def step_batches(
     pinned: bool = False,
     paste_until: float = math.inf,
 ) -> Iterator[tuple[Batch, list[str]]]:
-    """Yield (Batch, bad_frames) for the micro-batches from `start` on, endlessly.
+    """Yield (Batch, bad_frames) endlessly: the micro-batches of the training steps, from micro-batch `start` on.
 
     micro_batch: samples in a micro-batch of one of the `world` ranks; this one is `rank`.
     workers:     processes that load; 0 loads in this one.
@@ -60,7 +61,7 @@ def step_batches(
 
 
 def held_out_batches(dataset: DrivingDataset, count: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
-    """Yield (position, Batch of one) for `count` frames spread evenly over the dataset, in order; position: 0 to
+    """Yield (position, Batch of one sample) for `count` frames spread evenly over the dataset, in order; position: 0 to
     count - 1.
 
     `rank` of `world` gets every world-th of them. A frame that cannot be read is reported on stderr and replaced by the
@@ -99,9 +100,9 @@ def _check_batch_size(dataset, size, workers):
     # smaller batches are assumed to fit, so that no frame is read here
     sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
-        of_sample = sum(4 * image.size for image in sample.images) + sample.points.nbytes  # bytes; images become fp32
+        sample_bytes = sum(4 * image.size for image in sample.images) + sample.points.nbytes  # images become fp32
         # PyTorch's loader prefetches two batches per worker
-        check_memory(of_sample * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")
+        check_memory(sample_bytes * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")
 
 
 class ReadableFrames(Dataset):
@@ -131,7 +132,7 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
     due = collections.deque()  # keys whose items have not been yielded
 
     def upcoming():
-        yield from list(due)
+        yield from list(due)  # after a restart, those that the previous loader did not deliver
         for key in keys:
             due.append(key)
             yield key
@@ -195,8 +196,8 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, i):
         samples, bad_frames = [], []
-        for position, frame in self.frames(i):
-            # 1: augmentation; 3, below: replacements; 2 is that of `DrivingDataset.balanced`
+        for position, frame in self.positions_and_frames(i):
+            # the last number tells uses apart: 1 augmentation; 3, below, replacements; 2 `DrivingDataset.balanced`
             rng = np.random.default_rng([self.seed, position, 1])
             earlier = len(bad_frames)  # those of earlier positions
             sample = _first_readable(
@@ -214,13 +215,13 @@ class MicroBatches(Dataset):
         others = np.random.default_rng([self.seed, position, 3]).permutation(len(self.dataset))
         yield from (int(other) for other in others if other != frame)
 
-    def frames(self, i):
-        """(position in the stream, index into the dataset) of each sample of this rank's micro-batch i."""
+    def positions_and_frames(self, i):
+        """[(position in the stream, frame)] of the samples of this rank's micro-batch i."""
         n = len(self.dataset)
         first = (i * self.world + self.rank) * self.micro_batch
         positions = range(first, first + self.micro_batch)
-        # e: epoch
-        order = {e: np.random.default_rng([self.seed, e]).permutation(n) for e in {p // n for p in positions}}
+        epochs = {p // n for p in positions}
+        order = {epoch: np.random.default_rng([self.seed, epoch]).permutation(n) for epoch in epochs}
         return [(p, int(order[p // n][p % n])) for p in positions]
 
 

@@ -80,7 +80,7 @@ class NuScenesDataset(DrivingDataset):
 
     @classmethod
     def has_images(cls, root, version, split):
-        """Whether some keyframe has the images of all cameras on disk: not all images may be unpacked."""
+        """Whether at least one keyframe has the images of all cameras on disk, even if images of others are missing."""
         root = find_root(root, version)
         files = load_index(root, version, split).image_files
         return bool(files.size) and bool(on_disk(root, files).all(axis=1).any())
@@ -89,10 +89,10 @@ class NuScenesDataset(DrivingDataset):
         return self.index.labels[slice(*self.index.box_offsets[frame : frame + 2])]
 
     def scenes(self):
-        row_of = {self.index.tokens[f].decode(): i for i, f in enumerate(self.frames)}
+        index_of = {self.index.tokens[f].decode(): i for i, f in enumerate(self.frames)}
         scenes = samples_of_scenes(self.root, self.version)
-        rows = {name: [row_of[t] for t in tokens if t in row_of] for name, tokens in scenes.items()}
-        return {name: of_scene for name, of_scene in rows.items() if of_scene}
+        indices = {name: [index_of[t] for t in tokens if t in index_of] for name, tokens in scenes.items()}
+        return {name: of_scene for name, of_scene in indices.items() if of_scene}
 
     def fingerprint(self):
         return tables_state(self.root, self.version)
@@ -181,10 +181,10 @@ class NuScenesDataset(DrivingDataset):
             raise BadFrame(path, f"has label {labels[unknown][0]}, which is the index of no category")
         return classes
 
-    def _read_image(self, path, height, width):
-        """The image as [H, W, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] matrix to its pixels from
-        those of an image of the size in the tables, `height` x `width`."""
-        path = self._path(path)
+    def _read_image(self, name, height, width):
+        """The image in file `name` as [H, W, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] matrix to its
+        pixels from those of an image of the size in the tables, `height` x `width`."""
+        path = self._path(name)
         data = _load_bytes(path)
         h, w = _size_of_image(path, data)
         # The aspect ratio may differ by a pixel of rounding. A damaged header must not make OpenCV allocate all memory.
@@ -210,6 +210,7 @@ class NuScenesDataset(DrivingDataset):
             return self.frames
         keyframes = [self.index.lidar_files[self.index.frame_lidar], self.index.image_files.ravel()]
         for flag in ("sweeps", "camera-sweeps"):
+            # not the keyframes among them: a frame before may be one, and a missing entry is replaced by one
             sweeps = np.setdiff1d(kinds[flag], np.concatenate(keyframes))
             if len(sweeps) and not on_disk(self.root, sweeps).any():
                 raise DataError(
@@ -333,6 +334,6 @@ def _listed(folder):
 
 
 def _report(sentence):
-    """Print it in the main process alone."""
+    """Print `sentence` on stderr, in the main process alone."""
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=sys.stderr)

@@ -36,7 +36,6 @@ import torch
 import tyro
 
 from unipad import cli
-from unipad.batch import CAMERAS
 from unipad.checkpoint import take_weights
 from unipad.config import PretrainRecipe, UnetConfig
 from unipad.data.dataset import DEFAULT_DATASET, dataset_class
@@ -46,6 +45,7 @@ from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.pretrain import Pretrain
+from unipad.model.rays import rays_per_sample
 from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.progress import Progress, format_metrics
 from unipad.recipes import DEFAULT_PRESET, PRETRAIN
@@ -188,10 +188,8 @@ def main(args: Args):
             if report_now or save_now:
                 values = progress.checked_means(values, scaler, done)
             if report_now:
-                # without images, the LiDAR casts as many rays as six cameras
-                views = batch.keyframe().images.shape[1] or len(CAMERAS)
-                lr, rays = optim.lr * lr_at(optim, step, steps), views * recipe.rays.per_view
-                progress.report(done, values, lr, rays_per_sample=rays)
+                rays = rays_per_sample(batch.keyframe(), recipe.rays)
+                progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps), rays_per_sample=rays)
             if save_now:
                 run.save(done, parts, metrics)
             if stop_now:

@@ -73,6 +73,14 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     return _concatenated(parts)
 
 
+def rays_per_sample(batch: Batch, cfg: RayChoice) -> int:
+    """Number of rays that `choose_rays` returns for each sample of a batch."""
+    _, N, _, H, W = batch.images.shape
+    if N and cfg.strategy == "dilation":
+        return N * -(-H // cfg.dilation) * -(-W // cfg.dilation)
+    return (N or len(CAMERAS)) * cfg.per_view  # without images, the LiDAR casts as many rays as six cameras
+
+
 def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence[torch.Generator]) -> Rays:
     """`per_view` rays from each camera through LiDAR points; without cameras, six times as many from the LiDAR.
 

@@ -91,7 +91,7 @@ class UnetEncoder(nn.Module):
         features = points.to(self.encoder.conv_input[0].weight.dtype, copy=True)
         features[:, 3] *= 1 / MAX_INTENSITY
         step = 2 ** len(self.encoder.down)
-        # The U-Net's grid, `shape` voxels from `low` on, starts and ends at multiples of the coarsest stage's stride: so
+        # The U-Net's grid (`shape` voxels from `low` on) starts and ends at multiples of the coarsest stage's stride:
         # which voxels have the same parent does not depend on the batch, and the last voxel has a parent.
         low = [first // step * step for first in extent[0]]
         shape = [-(-(last + 1 - l) // step) * step for last, l in zip(extent[1], low, strict=True)]

@@ -25,7 +25,7 @@ UNIPAD = [
     ("pts_middle_encoder.mtoken", "encoder.lidar.mask_token"),
     ("pts_middle_encoder.", "encoder.lidar.encoder.", "sparse"),
     ("pts_backbone.", "encoder.lidar.backbone.", "slices"),
-    # Convolution, norm and ReLU of all blocks in one list there, a list of blocks here
+    # Convolution, norm and ReLU of all blocks (at most four) in one list there, a list of blocks here
     *[(f"pts_neck.extra_blocks.{3 * i + j}.", f"encoder.lidar_convs.{i}.{j}.") for i in range(4) for j in range(2)],
     ("pts_neck.", "encoder.lidar.neck.", "slices"),
     ("pts_bbox_head.view_trans.time_conv.", "encoder.frame_fusion.time_conv."),
@@ -47,24 +47,28 @@ UNIPAD = [
     PLAIN_REFERENCES,
     DENOISING_REFERENCES,
 ]
-CODE_WEIGHTS = "pts_bbox_head.code_weights"  # a setting that the original keeps among the weights; not renamed here
+# A setting that the original keeps among the weights; `unipad.convert` handles it, so the tables do not have it
+CODE_WEIGHTS = "pts_bbox_head.code_weights"
 
 # The same for ConvNeXt, whose names here are those of the official repository; read from left to right only
 IMAGENET = [
-    ("backbone.downsample_layers.", "downsample_layers."),  # mmpretrain
+    # mmpretrain
+    ("backbone.downsample_layers.", "downsample_layers."),
     ("backbone.stages.*.*.depthwise_conv.", "stages.*.*.dwconv."),
     ("backbone.stages.*.*.pointwise_conv1.", "stages.*.*.pwconv1.", "matrix"),
     ("backbone.stages.*.*.pointwise_conv2.", "stages.*.*.pwconv2.", "matrix"),
     ("backbone.stages.*.*.", "stages.*.*."),
-    ("stem.", "downsample_layers.0."),  # timm
+    # timm
+    ("stem.", "downsample_layers.0."),
     ("stages.*.downsample.", "downsample_layers.*."),
     ("stages.*.blocks.*.conv_dw.", "stages.*.*.dwconv."),
     ("stages.*.blocks.*.mlp.fc1.", "stages.*.*.pwconv1.", "matrix"),
     ("stages.*.blocks.*.mlp.fc2.", "stages.*.*.pwconv2.", "matrix"),
     ("stages.*.blocks.*.", "stages.*.*."),
+    # torchvision
     *[
         row
-        for i in range(4)  # torchvision
+        for i in range(4)  # stages
         for row in [
             (f"features.{2 * i}.", f"downsample_layers.{i}."),
             (f"features.{2 * i + 1}.*.block.0.", f"stages.{i}.*.dwconv."),
@@ -74,7 +78,8 @@ IMAGENET = [
             (f"features.{2 * i + 1}.*.layer_scale", f"stages.{i}.*.gamma", "vector"),
         ]
     ],
-    ("downsample_layers.", "downsample_layers."),  # official
+    # official
+    ("downsample_layers.", "downsample_layers."),
     ("stages.*.*.", "stages.*.*."),
 ]
 
@@ -83,7 +88,7 @@ def from_original(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     """Weights under the original's keys, in our names and layouts.
 
     state: of a whole model or a part of it; weights of sparse convolutions may be spconv 1's, (kz, ky, kx, Cin, Cout),
-        or spconv 2's.
+        or spconv 2's, (Cout, kz, ky, kx, Cin).
 
     Returns (tensors by name, keys without a name here).
     """
@@ -92,7 +97,7 @@ def from_original(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
 
 def to_original(state: dict[str, torch.Tensor], spconv: int = 1) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The inverse of `from_original`; spconv: 1 or 2, the layout of the weights of sparse convolutions."""
-    # they are a linear layer, which has a bias, in the plain head and an embedding in the denoising one
+    # reference points are a linear layer, which has a bias, in the head without denoising, else an embedding
     unused = DENOISING_REFERENCES if "head.reference_points.bias" in state else PLAIN_REFERENCES
     return _renamed(state, [row for row in UNIPAD if row is not unused], OURS, THEIRS, spconv)
 
@@ -117,16 +122,16 @@ def _renamed(state, rows, source, target, spconv=1):
 def _rename(key, rows, source, target):
     """(new key, layout or None) by the first of `rows` that matches; (None, None) if none does."""
     for row in rows:
-        if found := _prefix(row[source]).match(key):
-            numbers = iter(found.groups())
+        if found := _regex(row[source]).match(key):
+            numbers = iter(found.groups())  # those that * matched
             prefix = "".join(next(numbers) if c == "*" else c for c in row[target])
             return prefix + key[found.end() :], row[2] if len(row) > 2 else None
     return None, None
 
 
 @cache
-def _prefix(pattern):
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+def _regex(prefix):
+    return re.compile(re.escape(prefix).replace(r"\*", r"(\d+)"))
 
 
 def _sparse(weight, to_ours, spconv):
@@ -139,7 +144,7 @@ def _sparse(weight, to_ours, spconv):
         return weight
     if not to_ours and spconv == 1:
         return weight.permute(1, 2, 3, 4, 0).contiguous()
-    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:  # kernels are cubes: spconv 1's kz, ky, kx
+    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:  # spconv 1: kz = ky = kx in all models
         return weight.permute(4, 0, 1, 2, 3).contiguous()
     if weight.shape[1:4].numel() > 1:
         return weight

@@ -34,12 +34,12 @@ def set_rates(optimizer: torch.optim.AdamW, cfg: Optim, step: int, steps: int):
 
 
 def lr_at(cfg: Optim, step: int, steps: int) -> float:
-    """Learning rate of step `step` of `steps`, as a fraction of the peak."""
+    """Learning rate of step `step` (from 0) of `steps`, as a fraction of the peak."""
     if cfg.schedule == "one_cycle":
         return _one_cycle(cfg, step, steps, cfg.start, 1.0, cfg.final)
-    warmed = step / cfg.warmup_steps if step < cfg.warmup_steps else 1.0
-    warm = cfg.start + (1 - cfg.start) * warmed
-    return warm * _cosine(1.0, cfg.final, step / steps)  # the cosine decays during the warm-up, too
+    warmed_up = step / cfg.warmup_steps if step < cfg.warmup_steps else 1.0  # fraction of the warm-up
+    warmup_factor = cfg.start + (1 - cfg.start) * warmed_up
+    return warmup_factor * _cosine(1.0, cfg.final, step / steps)  # the cosine decays during the warm-up, too
 
 
 def momentum_at(cfg: Optim, step: int, steps: int) -> float:
@@ -50,7 +50,7 @@ def momentum_at(cfg: Optim, step: int, steps: int) -> float:
 
 
 def _one_cycle(cfg, step, steps, start, middle, end):
-    """From start to middle in the first `cfg.rise` (a fraction) of the steps, then to end."""
+    """The value at `step`: from start to middle in the first `cfg.rise` (a fraction) of the steps, then to end."""
     first_part = cfg.rise * steps
     if step < first_part:
         return _cosine(start, middle, step / first_part)
@@ -58,5 +58,5 @@ def _one_cycle(cfg, step, steps, start, middle, end):
 
 
 def _cosine(start, end, fraction):
-    """From start (fraction 0) to end (fraction 1) along half a cosine."""
+    """The value at `fraction`: from start (0) to end (1) along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2

@@ -21,8 +21,8 @@ class Progress:
     """Reports of a training loop: losses and speed, in the log and the terminal; each unreadable frame once."""
 
     def __init__(self, run, world: World, step: int, last: int, steps: int, batch_size: int):
-        """step: steps done so far; last: the step at which this program stops; steps: length of the schedule, which may
-        end later; batch_size: samples per step over all processes."""
+        """run: a `RunFolder`; step: steps done so far; last: the step at which this program stops; steps: length of
+        the schedule, which may end later; batch_size: samples per step over all processes."""
         self.run, self.world, self.last, self.steps, self.batch_size = run, world, last, steps, batch_size
         self.unreadable = set()
         self.restart(step)
@@ -32,20 +32,20 @@ class Progress:
         self.since, self.clock = step, time.perf_counter()
 
     def report_unreadable(self, bad_frames: list[str]):
-        """Print each frame that could not be read, once."""
+        """Print each frame that could not be read, once per run of the program. bad_frames: `path: reason` of each."""
         for frame in set(bad_frames) - self.unreadable:
             print(f"skipped {frame}", file=sys.stderr)
         self.unreadable.update(bad_frames)
 
     def sum_up(self):
         """Print how many frames any of the processes could not read. Collective."""
-        unreadable = set().union(*to_main(self.unreadable, self.world) or ())
+        unreadable = set().union(*to_main(self.unreadable, self.world) or ())  # none outside the main process
         if unreadable:
             print(f"{len(unreadable)} unreadable frames, named above, were replaced by others.")
 
     def checked_means(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
-        """Means of `values` over processes. Raises `UserError` if training has diverged, before diverged weights are
-        saved."""
+        """Means of `values`, among them `loss` and `grad_norm`, over processes. Raises `UserError` if training has
+        diverged, so that diverged weights are not saved."""
         values = mean_over_processes(values)
         # with fp16, an infinite gradient is no divergence: the scaler skips the step and lowers its scale
         if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):

@@ -51,6 +51,7 @@ def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Pa
 
 
 def _find_run(root, out, resume, closing):
+    """`find_run` in one process; closing: the ExitStack that unlocks the folder when the program ends."""
     if resume not in ("never", "auto"):
         path = Path(resume)
         if not last_checkpoint(path):
@@ -154,9 +155,9 @@ class RunFolder:
             remove_unfinished(path / name)
         remove_unfinished(path)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        first = saved["step"] if saved else 0
-        self._board = SummaryWriter(path / "tensorboard", purge_step=first + 1 if first else None)
-        _drop_records_after(first, path / "log.jsonl")
+        done = saved["step"] if saved else 0  # steps
+        self._board = SummaryWriter(path / "tensorboard", purge_step=done + 1 if done else None)
+        _drop_records_after(done, path / "log.jsonl")
         self._log = (path / "log.jsonl").open("a")
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -274,7 +275,7 @@ def _load_optimizer(optimizer, saved):
     optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not optimizer.state and saved["scaler"]:
-        return  # all steps so far have overflowed: fp16's scaler skipped them
+        return  # with fp16 (else the scaler's state is {}): all steps so far have overflowed, and it skipped them
     if optimizer.state.keys() != set(weights):
         raise ValueError("it has no state of some weights")
     for weight, state in optimizer.state.items():
@@ -373,18 +374,19 @@ def run_config(args, steps: int, contents: str = "", saved: dict | None = None) 
     may be another one when the run resumes.
     """
     flags = to_dict(args)
+    recipe = flags.pop("recipe")
     for name in SOURCES & flags.keys():
         known = saved["config"]["args"].get(name, []) if saved else []
         flags[name] = [_source(Path(path), known) for path in flags[name]]
-    return {"args": flags, "recipe": flags.pop("recipe"), "steps": steps, "data": contents}
+    return {"args": flags, "recipe": recipe, "steps": steps, "data": contents}
 
 
 SOURCES = {"init", "pretrained"}  # flags that name runs or checkpoints
 
 
 def _source(path, known):
-    """The checkpoint file that `path` means: of `known`, those that a resumed run has recorded, the one that is `path`
-    or lies inside it; else that of `find_checkpoint`."""
+    """The checkpoint file that `path` of --init or --pretrained means: the one of `known` (files that a resumed run has
+    recorded) that is `path` or lies inside it; if there is none, that of `find_checkpoint`."""
     inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
     return inside[0] if inside else str(find_checkpoint(path).resolve())
 

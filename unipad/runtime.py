@@ -21,7 +21,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed however the program ends
+    # what must be closed or unlocked however the program ends
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def is_main(self) -> bool:
@@ -79,6 +80,7 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
 
     device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; under torchrun each process takes
         the GPU of its local rank.
+    deterministic: use deterministic algorithms only, which makes runs on a GPU bitwise reproducible.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch finds no GPU here; use --device cpu or leave the flag out.")
@@ -207,7 +209,9 @@ class StopOnSignal:
     """After a signal (`exit.SIGNALS`, or a closed pipe), lets the step end and be saved before the program ends."""
 
     def __init__(self, world: World):
-        self.world, self.number, self.deferred = world, 0, True  # number: of the first signal, 0 before
+        self.world = world
+        self.number = 0  # of the first signal, 0 before
+        self.deferred = True  # a signal does not end the program at once, but is asked for with `asked`
         handle_signals(self._on_signal)
 
     def _on_signal(self, number, _):
@@ -236,8 +240,8 @@ class StopOnSignal:
     def asked(self, host_waits: bool) -> bool:
         """True in all processes once one of them was signaled. Collective.
 
-        host_waits: whether the host waits for the GPU in this step anyway; only then do several GPU processes exchange
-            signals, otherwise they return False.
+        host_waits: whether the host waits for the GPU in this step anyway; only then do several GPU processes tell each
+            other of signals, otherwise they return False. Of no effect with one process, or on CPUs.
         """
         if self.world.size > 1 and (host_waits or self.world.device.type == "cpu"):
             number = torch.tensor(self.number, device=self.world.device)

@@ -1,7 +1,9 @@
 """Hungarian assignment and detection losses, for all layers of the decoder at once.
 
 Boxes and labels of all samples are concatenated, as in `Batch`; `counts` is a list of ints, the number of boxes of each
-sample, which may be 0.
+sample, which may be 0. A box is encoded as a code of 10 numbers (see `unipad.boxes`).
+
+Sizes: L decoder layers, B samples, Q queries, K classes; M boxes, of which sample b has n_b.
 """
 
 import math
@@ -20,23 +22,22 @@ from unipad.config import Detect, Grid
 from unipad.kernels.backend import host_wait
 from unipad.kernels.rotated_iou import paired_iou_3d
 
-COMPARED = 8  # number of entries of a code that the assignment compares: all but the velocity
-IMPOSSIBLE = 1e8  # replaces costs that are not finite, as of boxes without a size; negative in place of -inf
+COMPARED = 8  # the assignment compares this many entries of codes, from the first on: all but the velocity
+LARGE_COST = 1e8  # replaces NaN and inf among the costs, as of boxes without a size; -LARGE_COST replaces -inf
 
 
 @dataclass(frozen=True)
 class Noisy:
     """Ground truth with noise, as queries that learn to reconstruct it (denoising, arXiv 2203.01305).
 
-    Sample b has n_b boxes, M = sum of n_b, P = largest n_b. Each sample has G groups of P slots and uses the first n_b
-    of each group.
+    Each sample has G groups of P slots, P = largest n_b; sample b uses the first n_b of each group.
     """
 
-    references: Tensor  # [B, G * P, 3] fraction of the range, in [0, 1]; 0 in unused slots
-    # No noisy query attends to those of another group, none of the Q queries of the head to noisy ones.
+    references: Tensor  # [B, G * P, 3] centers as fractions of the grid's range, in [0, 1]; 0 in unused slots
+    # A noisy query does not attend to those of other groups, the head's own Q queries not to noisy ones.
     blocked: Tensor  # [G * P + Q, G * P + Q] bool, True: the row's query does not attend to the column's
-    sample: Tensor  # [M] int64 sample of each box
-    slot: Tensor  # [G, M] int64 noisy query of each box in each group, in [0, G * P)
+    sample: Tensor  # [M] int64 index of each box's sample
+    slot: Tensor  # [G, M] int64 index of each box's noisy query in each group, in [0, G * P)
     boxes: Tensor  # [M, 9] without noise
     labels: Tensor  # [G, M] int64; where the noise is large, background: the number of classes, K
 
@@ -53,25 +54,26 @@ def draw_noise(cfg: Detect, counts: list[int], generators: Sequence[torch.Genera
 
 
 def noisy_queries(cfg: Detect, grid: Grid, boxes: Tensor, labels: Tensor, counts: list[int], noise: Tensor) -> Noisy:
-    """Ground truth with its centers shifted by at most `noise_scale` times half of w, l, h along x, y, z.
+    """Ground truth with its centers shifted by at most `noise_scale` times half of w, l, h along x, y, z of the grid,
+    whatever the yaw (as in the original).
 
     Args:
         grid:   references are fractions of its range.
         boxes:  [M, 9]; labels: [M] int64; counts: B ints.
         noise:  [noise_groups, M, 3] uniform in [0, 1); the last groups are not used if a sample has many boxes.
     """
-    sample, slot = _rows(counts, boxes.device)
+    sample, index = _sample_and_index(counts, boxes.device)
     P = max(counts, default=0)
-    G = min(cfg.noise_groups, cfg.queries // P) if P else 0
+    G = min(cfg.noise_groups, cfg.queries // P) if P else 0  # at most as many noisy queries as others
     low, high = tensor_like(grid.low, boxes), tensor_like(grid.high, boxes)
     shift = noise[:G] * 2 - 1  # [G, M, 3]
     center = boxes[:, :3] + shift * (cfg.noise_scale / 2) * boxes[:, 3:6]
-    slot = slot + P * torch.arange(G, device=boxes.device)[:, None]  # [G, M]
+    slot = index + P * torch.arange(G, device=boxes.device)[:, None]  # [G, M]
     references = boxes.new_zeros(len(counts), G * P, 3)
     references[sample.expand_as(slot), slot] = ((center - low) / (high - low)).clamp(0, 1)
 
     group = torch.arange(G, device=boxes.device).repeat_interleave(P)
-    group = F.pad(group, (0, cfg.queries), value=-1)  # [G * P + Q]
+    group = F.pad(group, (0, cfg.queries), value=-1)  # [G * P + Q], -1: the head's own queries
     blocked = (group[:, None] != group) & (group >= 0)
     labels = torch.where(shift.norm(dim=-1) > cfg.noise_split, cfg.classes, labels)
     return Noisy(references, blocked, sample, slot, boxes, labels)
@@ -81,25 +83,25 @@ def noisy_queries(cfg: Detect, grid: Grid, boxes: Tensor, labels: Tensor, counts
 def assign(
     cfg: Detect, logits: Tensor, codes: Tensor, boxes: Tensor, labels: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The one-to-one assignment of boxes to queries of lowest cost, per layer and sample (Hungarian method).
+    """The one-to-one assignment of boxes to queries of lowest total cost, per layer and sample (Hungarian method).
 
-    cost = class_weight * (focal loss as the box's class - as background) + box_weight * |weighted code - box's|_1,
-    without the velocities
+    cost = class_weight * (focal loss of the box's class if the target is 1 - if it is 0)
+           + box_weight * |weighted code - box's weighted code|_1, without the velocities
 
     Args:
         logits: [L, B, Q, K]; codes: [L, B, Q, 10].
         boxes:  [M, 9]; labels: [M]; counts: B ints.
 
-    Returns (sample [N], query [L, N], box [L, N]) int64, on the device of `logits`: each query and its row of `boxes`;
-    N = sum over samples of min(Q, n_b).
+    Returns (sample [N], query [L, N], box [L, N]) int64, on the device of `logits`: the assigned queries and their rows
+    of `boxes`; N = sum over samples of min(Q, n_b).
     """
     L, B, Q, _ = logits.shape
     cost = assignment_cost(cfg, logits, codes, boxes, labels, counts)
     # scipy rejects NaN. Where predictions are NaN, so is the loss, which the training loop handles.
     with host_wait("assignment costs for the Hungarian method"):
         cost = cost.cpu().numpy()
-    cost = np.nan_to_num(cost, nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=-IMPOSSIBLE)
-    matches = [np.zeros((2, L, 0), np.int64)]  # (query, box)
+    cost = np.nan_to_num(cost, nan=LARGE_COST, posinf=LARGE_COST, neginf=-LARGE_COST)
+    matches = [np.zeros((2, L, 0), np.int64)]  # per sample [2 (query, box), L, min(Q, n)]
     first = 0
     for b, n in enumerate(counts):
         pairs = np.array([linear_sum_assignment(cost[l, b, :, :n]) for l in range(L)], np.int64)  # [L, 2, min(Q, n)]
@@ -114,13 +116,14 @@ def assign(
 def assignment_cost(
     cfg: Detect, logits: Tensor, codes: Tensor, boxes: Tensor, labels: Tensor, counts: list[int]
 ) -> Tensor:
-    """[L, B, Q, P] cost of assigning each box of a sample to each query; P = largest n_b, the first n_b are valid."""
-    sample, slot = _rows(counts, boxes.device)
+    """[L, B, Q, P] cost of assigning each box of a sample to each query; P = largest n_b. Of sample b, only the first
+    n_b columns count."""
+    sample, index = _sample_and_index(counts, boxes.device)
     P = max(counts, default=0)
     box_label = labels.new_zeros(len(counts), P)
     target = codes.new_zeros(len(counts), P, COMPARED)
-    box_label[sample, slot] = labels
-    target[sample, slot] = encode_boxes(boxes)[:, :COMPARED]
+    box_label[sample, index] = labels
+    target[sample, index] = encode_boxes(boxes)[:, :COMPARED]
 
     prob = logits.sigmoid()
     present = -(prob + 1e-12).log() * cfg.focal_alpha * (1 - prob) ** cfg.focal_gamma
@@ -145,8 +148,8 @@ def detection_losses(
     Returns name -> [L] weighted loss of each layer, summed over queries:
         class        focal loss of all queries, per assigned box
         box          |code - box's code|, weighted per entry, of assigned queries, per assigned box
-        iou          |predicted iou - (2 IoU - 1)| of assigned queries that overlap their box, per such query (with an
-                     IoU branch)
+        iou          |prediction - (2 IoU - 1)| of assigned queries whose predicted box overlaps the true one, per such
+                     query; only if the head predicts IoUs
         noisy_*      the same for the noisy queries; `noisy_class` per expected foreground query, `noisy_box` per query
     The divisors of `class`, `box` and `noisy_box` are means over all processes, those of the others count in this
     process. Without boxes the losses of box and IoU are 0, with a gradient of 0 (not None) for every weight.
@@ -162,8 +165,8 @@ def detection_losses(
     losses |= _box_losses(cfg, predictions, (layer, sample, query), boxes[box], divisors[0])
     if noisy is not None:
         sample, slot = noisy.sample.repeat(len(noisy.slot)), noisy.slot.flatten()  # [G * M]
-        # Expected number of foreground queries: their `shift`, uniform in a cube of edge 2, lies in the ball of radius
-        # `noise_split`, which is pi / 6 * noise_split^3 of the cube's volume.
+        # Expected number of foreground queries, i.e. those whose `shift` (see `noisy_queries`), uniform in a cube of
+        # edge 2, lies in the ball of radius `noise_split`, which is pi / 6 * noise_split^3 of the cube's volume.
         foreground = max(noisy.slot.numel() * math.pi / 6 * cfg.noise_split**3, 1.0)
         logits, target_class = noisy_predictions.logits[:, sample, slot], noisy.labels.flatten().expand(len(layer), -1)
         terms = {"class": cfg.class_weight * _focal(cfg, logits, target_class).sum(dim=1) / foreground}
@@ -174,7 +177,7 @@ def detection_losses(
 
 
 def _focal(cfg, logits, target_class):
-    """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...], K: background; summed over classes."""
+    """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...] (K: background), summed over logits."""
     truth = (target_class[..., None] == torch.arange(cfg.classes, device=target_class.device)).to(logits.dtype)
     prob = logits.sigmoid()
     wrong = truth * (1 - prob) + (1 - truth) * prob
@@ -185,7 +188,7 @@ def _focal(cfg, logits, target_class):
 def _box_losses(cfg, predictions, at, boxes, divisor):
     """Losses of codes and IoUs of the predictions `at` (layer, sample, query) for boxes [L, N, 9] or [N, 9].
 
-    divisor: of the loss of the codes; that of the IoUs is a mean.
+    divisor: of the loss of the codes; that of the IoUs is a mean over the predictions that overlap their box.
     """
     codes = predictions.codes[at]  # [L, N, 10]
     target = encode_boxes(boxes).expand_as(codes)
@@ -204,11 +207,11 @@ def _box_losses(cfg, predictions, at, boxes, divisor):
     return losses
 
 
-def _rows(counts, device):
+def _sample_and_index(counts, device):
     """(sample, index within the sample) of each of the concatenated boxes, [M] int64 each."""
     sample = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    slot = torch.cat([torch.arange(n) for n in counts])
-    return sample.to(device, non_blocking=True), slot.to(device, non_blocking=True)
+    index = torch.cat([torch.arange(n) for n in counts])
+    return sample.to(device, non_blocking=True), index.to(device, non_blocking=True)
 
 
 def tensor_like(numbers: Sequence[float], like: Tensor) -> Tensor:

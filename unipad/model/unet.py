@@ -1,9 +1,9 @@
 """SpUNet: points -> one point per voxel -> a sparse U-Net -> features of every point, or a volume of them.
 
-Names inside `Unet` are those of the original's SpUNetBase, after Pointcept: 5 x 5 x 5 stem, strided convolutions down,
-their inverses up, skip connections. One difference: the voxel grid is aligned with the LiDAR's origin, in Pointcept
-with each sample's smallest coordinates; so features here depend neither on a sample's farthest point nor on the rest
-of the batch.
+`Unet` has the structure and parameter names of the original's SpUNetBase, which follows Pointcept: 5 x 5 x 5 stem,
+strided convolutions down, their inverses up, skip connections. One difference: the voxel grid is aligned with the
+LiDAR's origin, in Pointcept with each sample's smallest coordinates; so features here depend neither on a sample's
+farthest point nor on the rest of the batch.
 
 A voxel is one of the U-Net's, of edge `UnetConfig.cell`; a cell is one of the volume's, in `Grid`.
 """
@@ -42,10 +42,10 @@ class UnetEncoder(nn.Module):
             raise UserError(f"--lidar.cell {cfg.cell} must be above 0.")
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
-        extents = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x
-        # the first voxel inside the grid, counted from the LiDAR, and how many are inside
-        self.first_voxel = [round(low / cfg.cell) for low, _ in extents]
-        self.voxel_counts = [round((high - low) / cfg.cell) for low, high in extents]
+        ranges = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x
+        # (z, y, x): the first voxel inside the grid, counted from the LiDAR, and how many are inside
+        self.first_voxel = [round(low / cfg.cell) for low, _ in ranges]
+        self.voxel_counts = [round((high - low) / cfg.cell) for low, high in ranges]
         self.mask_shape = tuple(-(-count // cfg.mask_block) for count in self.voxel_counts)  # blocks (z, y, x)
 
     def forward(self, points: Tensor, point_counts: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class UnetEncoder(nn.Module):
 
         Returns:
             volume:      [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the visible voxels whose
-                         points are in each cell, 0 in empty cells.
+                         points are in each cell, 0 where there is none.
             grid_coords: [M, 4] int32 (b, z, y, x) of the visible voxels, counted from the grid's lower corner.
         """
         rows, coords, _, extent = grid_sample(points, point_counts, self.cfg.cell)
@@ -77,7 +77,7 @@ class UnetEncoder(nn.Module):
 
         Returns:
             features: [V, C].
-            rows:     [V] int64, the points chosen.
+            rows:     [V] int64, the row in `points` of the point that stands for each voxel.
             voxel_of: [P] int64, the row in `features` of each point's voxel.
         """
         rows, coords, voxel_of, extent = grid_sample(points, point_counts, self.cfg.cell)
@@ -91,8 +91,8 @@ class UnetEncoder(nn.Module):
         features = points.to(self.encoder.conv_input[0].weight.dtype, copy=True)
         features[:, 3] *= 1 / MAX_INTENSITY
         step = 2 ** len(self.encoder.down)
-        # The grid starts and ends at multiples of the coarsest voxels' size: which voxels have the same parent does not
-        # depend on the batch, and the last voxel has a parent.
+        # The U-Net's grid (`shape` voxels from `low` on) starts and ends at multiples of the coarsest stage's stride:
+        # which voxels have the same parent does not depend on the batch, and the last voxel has a parent.
         low = [first // step * step for first in extent[0]]
         shape = [-(-(last + 1 - l) // step) * step for last, l in zip(extent[1], low, strict=True)]
         sample, *zyx = coords.unbind(1)
@@ -106,7 +106,7 @@ class UnetEncoder(nn.Module):
         # divide by a tensor: a GPU multiplies by the reciprocal of a number instead, which moves points to other cells
         x, y, z = (((p - low) / p.new_full((), cell)).long().clamp(max=size - 1) for p, low, cell, size in axes)
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
-        begin = torch.searchsorted(key, torch.arange(B * Z * Y * X, device=key.device))
+        begin = torch.searchsorted(key, torch.arange(B * Z * Y * X, device=key.device))  # of each cell, in `order`
         # means over many points, so not in half precision, even under autocast; 0 in cells without points
         volume = F.embedding_bag(order, features.to(xyz.dtype), begin, mode="mean")
         return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
@@ -139,7 +139,7 @@ class Unet(nn.Module):
             above = down
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        x = in_fp32(self.conv_input, x)  # it reads coordinates
+        x = in_fp32(self.conv_input, x)  # its input channels include the points' coordinates
         skips = []
         for down, enc in zip(self.down, self.enc, strict=True):
             skips.append(x)

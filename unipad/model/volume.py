@@ -50,7 +50,7 @@ class GatherLift(nn.Module):
 
 
 class VoxelPoolLift(nn.Module):
-    """Each pixel adds feature times depth probability to the voxels along its ray. No parameters."""
+    """Each pixel of the feature map adds feature times depth probability to the voxels along its ray. No parameters."""
 
     def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
@@ -67,7 +67,7 @@ class VoxelPoolLift(nn.Module):
         """As `GatherLift.forward`, with one level."""
         (feature,), (depth,) = features, depths
         grid = self.grid
-        stride = image_size[0] // feature.shape[2]  # pixels per cell of the feature map
+        stride = image_size[0] // feature.shape[2]  # image pixels per pixel of the feature map
         volume = voxel_pool(
             feature, depth, lidar2image, grid.low, grid.cell, grid.shape, stride, self.depth_range, self.truncate
         )
@@ -75,7 +75,8 @@ class VoxelPoolLift(nn.Module):
 
 
 class FrameFusion(nn.Module):
-    """Fuse the volumes of several frames: the lag of each is appended as a channel, then all channels are mixed.
+    """Fuse the volumes of a keyframe and its sweeps: each frame's lag is appended as a channel and mixed in by a
+    1 x 1 x 1 convolution; another one mixes the channels of all frames.
 
     UVTR's `sweep_cat_with_time` (arXiv 2206.00630), with the names of its parameters.
     """
@@ -89,14 +90,14 @@ class FrameFusion(nn.Module):
         )
 
     def forward(self, volumes: Tensor, lags: Tensor) -> Tensor:
-        """volumes: [B * frames, C, Z, Y, X], of each sample the keyframe's first; lags: [B, frames] seconds from each
-        frame to the keyframe.
+        """volumes: [B * frames, C, Z, Y, X], sample after sample, each with the keyframe's first.
+        lags:    [B, frames] seconds from each frame to the keyframe, the later one.
 
         Returns [B, C, Z, Y, X] in memory format channels_last_3d.
         """
         add_lag, mix = self.time_conv[0], self.trans_conv[0]  # the convolutions
         weight = add_lag.weight.flatten(1)
-        # The lag is a constant channel, so it goes into the bias instead of copying the volume.
+        # The lag is the same in all voxels: it is added to the bias, rather than to a copy of the volume as a channel.
         bias = add_lag.bias + lags.flatten()[:, None] * weight[:, -1]  # [B * frames, C]
         x = F.linear(volumes.permute(0, 2, 3, 4, 1), weight[:, :-1])  # [B * frames, Z, Y, X, C]
         x = x + bias[:, None, None, None].to(x.dtype)

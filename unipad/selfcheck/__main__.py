@@ -8,11 +8,11 @@ Prints one line per check: the error of the output or gradient that comes closes
 information, the time of forward and backward. The exit code is 1 if a check fails. A check at recipe size that does not
 fit into the GPU's memory is skipped. Without a GPU, the references run at small sizes.
 
-An error is the largest absolute difference of an output or gradient, as a fraction of its largest true value. Its bound
-is twice the error of the reference in the same type, plus a slack. The true values are computed by the reference in
-fp64 (for voxels and their neighbor tables in fp32) from inputs rounded to the type, which are what the kernels read.
-Integers and booleans must be equal. NaN and infinity always fail. A check named bit-equal runs the op twice under
-PyTorch's strict determinism; the results must also be equal to the bit.
+An error is the largest absolute difference of an output or gradient from its true values, as a fraction of the largest
+true value. Its bound is twice the error of the reference in the type of the check, plus a slack. The true values are
+computed by the reference in fp64 (for voxels and their neighbor tables in fp32) from the inputs that the kernels read,
+which are rounded to the type. Integers and booleans must be equal. NaN and infinity always fail. A check named
+bit-equal runs the op twice under PyTorch's strict determinism; the results must also be equal to the bit.
 
 A faulting kernel can corrupt the GPU context of its process. So the checks run in a separate process, and after a crash
 the remaining ones continue in a new process.
@@ -44,7 +44,7 @@ class Args:
 
 
 def main(args):
-    """Print a line per check and what to report; returns the exit code."""
+    """Print a line per check and a summary, or the failures to report; returns the exit code."""
     interpreted = on_triton(torch.empty(0))  # a CPU tensor: kernels run on it in Triton's interpreter, if at all
     if not (torch.cuda.is_available() or interpreted):
         print("There is no GPU to check: the PyTorch references run instead of the kernels, at small sizes.")

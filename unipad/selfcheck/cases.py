@@ -1,7 +1,7 @@
 """The cases of the self-check, each at a small size and at the size of a recipe.
 
-A function `_*_cases` makes those of one size; its local functions make the inputs of an op: (device, dtype) ->
-arguments by name.
+A function `_*_cases(size, recipe)` makes those of one size; recipe: whether it is that of a recipe. Its local functions
+make the inputs of an op: (device, dtype) -> arguments by name.
 """
 
 import math
@@ -61,7 +61,7 @@ def checks(sizes=SIZES):
 
 
 def _each(dtypes, name, size, op, ref, inputs, wrt=(), **flags):
-    """Cases of an op in several types; dtypes: keys of `TYPES`, separated by spaces."""
+    """Cases of an op in several types; dtypes: keys of `TYPES`, separated by spaces; flags: other fields of `Case`."""
     for dtype in dtypes.split():
         yield Case(name, size, dtype, inputs, op, ref, wrt, **flags)
 
@@ -71,7 +71,8 @@ def _each(dtypes, name, size, op, ref, inputs, wrt=(), **flags):
 
 def _rig(scale, device):
     """[1, 6, 4, 4] LiDAR meters -> pixels of images `scale` * 1600 wide, with about nuScenes' cameras."""
-    views = []  # of yaw in degrees and focal length in pixels of the full image
+    views = []
+    # yaw in degrees to the left, focal length in pixels of the full image
     for yaw, focal in ((0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)):
         s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
         intrinsics = torch.eye(4)
@@ -116,7 +117,7 @@ def _view_cases(size, recipe):
 
     wrt = ("features", "depths")
     # Image positions are fp32 for every type: among 200 columns they are off by up to 2e-5 columns, and so are
-    # interpolation weights. How they round depends on the compiler, so fp32 needs a larger slack than its own.
+    # interpolation weights. How they round depends on the compiler, so fp32 needs a larger slack than that of `SLACK`.
     yield from _each("fp32", "lift", size, lift, lift_ref, lifted, wrt, slack=1e-4)
     yield from _each("fp32", "lift, bit-equal", size, lift, lift_ref, lifted, wrt, slack=1e-4, strict=True)
     yield from _each("fp16 bf16", "lift", size, lift, lift_ref, lifted, wrt)
@@ -166,11 +167,11 @@ def _box_cases(size, recipe):
     yield from _each("fp32", "rotated_nms", size, rotated_nms, rotated_nms_ref, overlapping)
 
 
-# Rays: six views of 512 rays each, with 72 stratified and 24 importance samples
+# Rays; at recipe size six views of 512 rays each, with 72 stratified and 24 importance samples
 
 
 def _ray_cases(size, recipe):
-    R, S, n = (3072, 72, 24) if recipe else (33, 9, 7)
+    R, S, n = (3072, 72, 24) if recipe else (33, 9, 7)  # rays, stratified and importance samples on each
 
     def through_box(device, dtype):
         origins = torch.rand(R, 3, device=device) * 0.1 - 0.05
@@ -198,8 +199,8 @@ def _ray_cases(size, recipe):
     yield from _each("fp32", "merge", size, merge, merge_ref, two_lists)
 
     def at_points(device, dtype):
-        sizes = (5, 180, 180, 32) if recipe else (2, 3, 4, 5)
-        # x, y, z in voxels, from -2 to one voxel beyond the end: some are outside
+        sizes = (5, 180, 180, 32) if recipe else (2, 3, 4, 5)  # Z, Y, X, C
+        # x, y, z, integers at voxel centers, from 2 before the first to 2 after the last: some are outside
         points = torch.rand(R, S + n, 3, device=device) * (torch.tensor(sizes[2::-1], device=device) + 3) - 2
         volume_idx = torch.randint(2, (R,), device=device, dtype=torch.int32)
         return dict(volume=torch.randn(2, *sizes, device=device).to(dtype), points=points, volume_idx=volume_idx)
@@ -244,8 +245,10 @@ def _ray_cases(size, recipe):
 
 # The fused renderer
 
-CLEARANCE = 2e-4  # cells: smallest distance between a sample and a cell face, where the volume's gradient jumps
-OFF_KINK = 3.0  # added to biases of the color MLP's hidden units: five standard deviations, so rounding flips no ReLU
+# Smallest distance, in cells, between a sample and a plane through voxel centers, where the volume's gradient jumps
+CLEARANCE = 2e-4
+# Added to biases of the color MLP's hidden units: few inputs of its ReLUs are near 0, where rounding would flip them
+OFF_KINK = 3.0
 
 
 def _mlp(conditions, outputs, hidden, layers, bias, device):
@@ -268,9 +271,9 @@ def _field_cases(size, recipe):
 
     def inputs(method, C=32, hidden=16, sdf_layers=6, rgb_layers=4):
         def make(device, dtype):
-            # cells per unit, and offset, of x, y, z: the volume covers -1 to 1 in x and y, -0.1 to 0.1 in z
+            # cells per unit, and offset, of x, y, z: from -1 to 1 in x and y, -0.1 to 0.1 in z, are X, Y, Z cells
             cells = torch.tensor([[X / 2, Y / 2, 5 * Z], [X / 2, Y / 2, Z / 2]], device=device).unbind()
-            candidates = 2 * R  # rays, of which the first R that stay clear of cell faces are taken
+            candidates = 2 * R  # rays, of which the first R with `CLEARANCE` are taken
             origins = torch.randn(candidates, 3, device=device) * 0.02
             directions = F.normalize(
                 torch.randn(candidates, 3, device=device) * torch.tensor([1, 1, 0.1], device=device)
@@ -279,11 +282,12 @@ def _field_cases(size, recipe):
             points = origins[:, None].double() + directions[:, None].double() * edges[:, :-1, None].double()
             cell = points * cells[0] + cells[1]
             clear = ((cell - cell.round()).abs() > CLEARANCE).all(dim=2).all(dim=1).nonzero()[:R, 0]
-            assert len(clear) == R, "too few rays stay clear of cell faces"
+            assert len(clear) == R, "too few rays have clearance"
             i = torch.arange(R, device=device)
-            rays = origins[clear], directions[clear], (i % 2).int(), i % 10 != 3  # one ray in ten counts as a miss
+            # rays are of samples 0 and 1 in turn; rays 3, 13, 23, ... count as misses
+            rays = origins[clear], directions[clear], (i % 2).int(), i % 10 != 3
             sdf_mlp = _mlp(C, 1 + hidden, hidden, sdf_layers, 0.0, device)
-            conditions = 3 + C + 3 + hidden  # direction, feature, gradient, geometry
+            conditions = 3 + C + 3 + hidden  # channels of direction, feature, gradient, geometry
             rgb_mlp = _mlp(conditions, 3, hidden, rgb_layers, OFF_KINK, device) if rgb_layers else None
             return dict(
                 volume=torch.randn(2, Z, Y, X, C, device=device), rays=rays, edges=edges[clear],

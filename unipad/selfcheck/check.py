@@ -12,8 +12,8 @@ import torch
 
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Error allowed besides twice that of the reference in the same type, as a fraction of the largest true value. tf32 has
-# the mantissa of fp16, but more slack: Hopper truncates operands instead of rounding them, which accumulates over the
-# layers of a field instead of averaging out.
+# the mantissa of fp16, but more slack: its reference computes in fp32, and tensor cores truncate operands instead of
+# rounding them (the renderer's kernels round them before), so that errors add up instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
 TIMED_RUNS = 3  # the time of the fastest is reported
 
@@ -115,7 +115,10 @@ def _prepare(inputs, case, dtype=None):
 
 
 def _forward_backward(fn, inputs, named, upstream):
-    """Outputs as a tuple, and the gradients; `upstream` makes the upstream gradients of differentiable outputs."""
+    """Outputs as a tuple, and the gradients of the leaves in `named`, which is from `_prepare`.
+
+    upstream: outputs -> their upstream gradients; only called with differentiable outputs.
+    """
     with torch.set_grad_enabled(bool(named)):
         outs = fn(**inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)
@@ -179,7 +182,7 @@ def _milliseconds(case, inputs):
     if default_device() != "cuda":
         return math.nan
     inputs, named = _prepare(inputs, case)
-    ups = []
+    ups = []  # made in the first run and kept, so that the fastest does not include their making
 
     def upstream(outs):
         if not ups:

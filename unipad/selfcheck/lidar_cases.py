@@ -25,7 +25,7 @@ from unipad.selfcheck.check import Case
 
 LIDAR = PRETRAIN["lidar"]["lidar-0.075"]
 THREE, TWO, ONE = (3, 3, 3), (2, 2, 2), (1, 1, 1)
-# (kernel, stride, padding, dilation) of the convolutions between encoder stages
+# (kernel, stride, padding, dilation) of the convolutions between the encoder's stages, and of a transposed convolution
 DOWN = [(THREE, TWO, padding, ONE) for padding in (ONE, ONE, (0, 1, 1))]
 UP = (TWO, TWO, (0, 0, 0), ONE)
 WIDTHS = 16, 32, 64, 128  # channels per stage
@@ -41,11 +41,11 @@ def _grid(recipe):
 
 
 def _points(recipe, device):
-    """[P, 5] x, y, z meters, intensity, time lag: ten sweeps of 32 beams over a street between walls, of whose points
-    two in five return; at the small size, 300 random points in and around the grid.
+    """[P, 5] x, y, z meters, intensity, time lag in seconds: ten sweeps of 32 beams over flat ground between 40 walls;
+    two in five points return. At the small size, 300 random points, some beyond the grid's upper limits.
 
-    The work of a sparse convolution depends on the number of neighbors. Random cells have none; surfaces scanned by a
-    moving sensor have about as many as in nuScenes.
+    The work of a sparse convolution depends on the number of neighbors. Random cells of a large grid have hardly any;
+    surfaces scanned by a moving sensor have about as many as in nuScenes.
     """
     if not recipe:
         low, cell, shape = _grid(False)
@@ -112,7 +112,7 @@ def voxel_cases(size, recipe):
 
         return inputs
 
-    def pairs(number, geometry):
+    def with_geometry(number, geometry):
         def inputs(device, dtype):
             names = "kernel", "stride", "padding", "dilation"
             return voxels_of(number)(device, dtype) | dict(zip(names, geometry, strict=True)) | dict(batch_size=1)
@@ -132,8 +132,8 @@ def voxel_cases(size, recipe):
     yield case("submanifold_map 3x3x3", submanifold_map, submanifold_map_ref, neighbors(THREE))
     yield case("submanifold_map 5x5x5", submanifold_map, submanifold_map_ref, neighbors((5, 5, 5)))
     for number, geometry in enumerate(DOWN):
-        yield case(f"strided_map, stage {number + 1}", strided_map, strided_map_ref, pairs(number, geometry))
-    yield case("transposed_map", transposed_map, transposed_map_ref, pairs(1, UP))
+        yield case(f"strided_map, stage {number + 1}", strided_map, strided_map_ref, with_geometry(number, geometry))
+    yield case("transposed_map", transposed_map, transposed_map_ref, with_geometry(1, UP))
     yield case("inverse_map", inverse_map, inverse_map_ref, table)
 
 
@@ -142,7 +142,7 @@ def sparse_cases(size, recipe):
 
     def inputs(kind, number, kernel, c_in, c_out):
         def make(device, dtype):
-            coords, shape = _stage(number if recipe else 0, recipe, device)  # the small scene has only stage 0
+            coords, shape = _stage(number if recipe else 0, recipe, device)  # the small grid has no stage 3
             if kind == "submanifold":
                 table = submanifold_map_ref(coords, *sort_voxels_ref(coords, shape), shape, kernel, ONE)
                 tables = table, None
@@ -157,7 +157,7 @@ def sparse_cases(size, recipe):
             if recipe:  # a `NeighborTable` caches tiles, as in a model
                 tables = [table if table is None else NeighborTable(table) for table in tables]
             given = dict(zip(("neighbor_idx", "inverse_idx"), tables, strict=True), features=features)
-            # an fp32 parameter, as under autocast, with values representable in the type
+            # an fp32 parameter, as under autocast, with values that the type can represent
             return given | dict(weight=weight.to(dtype).float())
 
         return make

@@ -43,7 +43,7 @@ def results(cases, isolate=None):
 
 
 def _compile(cases):
-    """Run all cases once in parallel processes, so that their kernels are compiled, which takes longest, and cached.
+    """Run all cases once in parallel processes, so that their kernels are in the cache: compiling takes longest.
 
     Failures are ignored here: the check of the case reports them.
     """

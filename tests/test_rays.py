@@ -9,7 +9,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tests.golden import assert_close_to_max, load
 from unipad.batch import Batch
 from unipad.config import RayChoice
-from unipad.model.rays import cast_rays, choose_rays, lidar_rays, pixel_grid, pixel_rays, project_points
+from unipad.model.rays import (
+    cast_rays,
+    choose_rays,
+    lidar_rays,
+    pixel_grid,
+    pixel_rays,
+    project_points,
+    rays_per_sample,
+)
 
 ALL_RADII = RayChoice(per_view=8, near_radius=0.0, far_radius=1e3)
 FOCAL = 10.0  # pixels
@@ -189,6 +197,17 @@ def test_a_view_with_fewer_pixels_than_rays_repeats_them():
     rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))  # the grid has two pixels: two columns of one row
     columns = rays.rgb[:, 0] * 32
     assert len(rays) == 11 and sorted((columns == x).sum().item() for x in (0, 16)) == [5, 6]
+
+
+@pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
+@pytest.mark.parametrize("views", [0, 2])
+def test_rays_per_sample_is_the_number_of_chosen_rays(strategy, views):
+    batch = make_batch([point_cloud(70, 1), point_cloud(110, 2)], views=2)
+    if not views:
+        batch = replace(batch, images=batch.images[:, :0])
+    for dilation in (1, 3, 5):
+        cfg = replace(ALL_RADII, strategy=strategy, dilation=dilation)
+        assert len(choose_rays(batch, cfg, generators(1, 2))) == 2 * rays_per_sample(batch, cfg)
 
 
 def test_rays_are_determined_by_the_generators():

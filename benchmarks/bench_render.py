@@ -1,12 +1,14 @@
 """The NeuS renderer: ours, and UniPAD's formulas in eager PyTorch.   python -m benchmarks.bench_render
 
 Forward: rays through a volume to color, depth and the sum of the losses. Backward: to the volume and to every
-parameter. The row "reference" is the eager renderer; both run on the same parameters, rays and jitter.
+parameter. The row "reference" is UniPAD's formulas, the eager renderer; both run on the same parameters, rays and
+jitter.
 
-Outputs and gradients are asserted to agree in fp64 (where ours runs op by op on a GPU too: the fused op has no fp64)
-to AGREE_FP64, a fraction of each one's largest entry, as AGREE is. In fp32 rounding moves some importance samples (the
-inverse CDF jumps over intervals of almost no mass), which alone changes gradients by up to AGREE on a CPU; on a GPU the
-fused op's products are in tf32, whose errors of distances reach a hundredth of the largest distance.
+Outputs and gradients are asserted to agree in fp64 to AGREE_FP64; there, ours uses separate ops on a GPU too, because
+the fused op has no fp64. In fp32 they must agree to AGREE: rounding moves some importance samples (the inverse CDF
+jumps over intervals of almost no mass), which alone changes gradients by up to AGREE on a CPU; on a GPU the fused op
+multiplies in tf32, which changes signed distances by up to a hundredth of the largest. Both tolerances are fractions of
+the largest entry of each output or gradient.
 """
 
 from copy import deepcopy
@@ -29,7 +31,7 @@ LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, trunc
 
 
 def case(preset, **settings):
-    """Rays of one batch sample, from 1 m around the origin outwards; three quarters of them have a depth.
+    """Rays of one batch sample: they start 1 m from the LiDAR and point outwards; three quarters of them have a depth.
 
     settings: fields of the preset's `Render` to replace.
     """
@@ -41,7 +43,7 @@ def case(preset, **settings):
     directions = F.normalize(torch.randn(R, 3, device=DEVICE) * torch.tensor([1, 1, 0.1], device=DEVICE), dim=1)
     depth = torch.where(torch.rand(R, device=DEVICE) < 0.25, -1, 3 + 40 * torch.rand(R, device=DEVICE))  # -1: none
     rays = Rays(
-        origins=directions,  # each ray starts 1 m from the origin
+        origins=directions,  # 1 m from the LiDAR
         directions=directions,
         depth=depth,
         rgb=torch.rand(R, 3, device=DEVICE),
@@ -56,7 +58,7 @@ def case(preset, **settings):
 
 
 def render(renderer, volume, rays, jitter, parameters):
-    """Color, depth and loss. `compare` computes the gradients of all inputs, so `parameters` is one of them."""
+    """Color, depth and loss. `parameters`, unused here, are inputs: `compare` differentiates w.r.t. inputs only."""
     rendered = renderer(volume, rays, jitter)
     return rendered.rgb, rendered.depth, sum(renderer.loss(rendered, rays).values())
 
@@ -81,5 +83,6 @@ if __name__ == "__main__":
     for one in cases:
         error = largest_error(render, eager, in_fp64(one))
         assert error <= AGREE_FP64, f"{one.name}: ours differs from the original's formulas by {error:.1e} in fp64"
-    peers = {} if DEVICE == "cuda" else {"ours": render}  # on a GPU, `compare` times ours as "triton"
+    # on a CPU, `compare` times no op, since ops run their references there; ours is not the reference here: a peer
+    peers = {} if DEVICE == "cuda" else {"ours": render}
     compare("render", eager, render, peers, cases, agree=AGREE)

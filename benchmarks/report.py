@@ -4,12 +4,12 @@ import csv
 import json
 import statistics
 
-# Table of the ops: titles, and the columns of results.csv below them
-TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "error", "why not timed"]
+# Table of ops and steps: titles, and the columns of results.csv that they show
+TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "relative error", "why not timed"]
 KEYS = ("op", "case", "impl", "fwd_ms", "both_ms", "gpu_ms", "peak_mb", "error", "note")
 STEP_TITLES = ["recipe", "loss", "reference", "gradient norm", "reference", "ms", "GPU ms", "idle", "launches", "MB"]
 BEGIN, END = "<!-- verified: written by python -m benchmarks.gpu -->", "<!-- /verified -->"
-# op -> part of the name of the case that the README shows, one of a recipe's size; other ops show their last case
+# op -> part of the name of the case that the README shows, of the size in a recipe; other ops show their last case
 README_CASES = {
     "sdf_render": "R=3072",
     "lift": "camera-0.1 bfloat16, 6 views, 128",
@@ -25,7 +25,8 @@ README_CASES = {
 class Folder:
     """The results of a run; a record is on disk when `write` returns.
 
-    stage: one of `benchmarks.gpu`; or "begun" or "ended", for the records that say when and how stages began and ended.
+    stage: a stage of `benchmarks.gpu`; or "begun" or "ended", for the records that say when stages began, and how they
+    ended.
     """
 
     def __init__(self, path):
@@ -59,14 +60,14 @@ def page(folder):
     """The report: Markdown text."""
     parts = [f"# GPU report {folder.path.name}", *_machine(folder.records("machine"))]
     stages = [[r["name"], r["ended"], f"{r['seconds']:.0f}"] for r in folder.records("ended")]
-    parts += ["## Stages", _table(["stage", "ended", "seconds"], stages)]
+    parts += ["## Stages", _table(["stage", "outcome", "seconds"], stages)]
     checks = folder.records("selfcheck")
     passed = sum(r["status"] == "ok" for r in checks)
     others = [r["line"] for r in checks if r["status"] != "ok"]
     parts += ["## Self-check", f"{passed} of {len(checks)} checks passed."]
     parts += ["\n".join(["```", *others, "```"])] if others else []
     parts += ["## One training step of every recipe, batch 1", *_steps(folder.records("steps"))]
-    parts += ["## Ops", _table(TITLES, [[_short(row[k]) for k in KEYS] for row in folder.rows()])]
+    parts += ["## Ops and steps", _table(TITLES, [[_short(row[k]) for k in KEYS] for row in folder.rows()])]
     parts += ["## Tests", "\n".join(f"- {r['line']}" for r in folder.records("tests"))]
     parts += ["## Training", "\n".join(_curves(folder.records("training")))]
     return "\n\n".join(parts) + "\n"
@@ -134,7 +135,7 @@ def _mean(curve, first, end):
 def readme_table(rows):
     """The README's table: for each op and GPU the newest row of one case and its fastest peer; a sentence if empty.
 
-    rows: of results.csv, a list of dicts of str, the oldest first.
+    rows: of benchmarks/results.csv, which has the rows of all runs, the oldest first; a list of dicts of str.
     """
     shown = {}
     for row in rows:

@@ -3,15 +3,16 @@
 A cell is the cube between 8 neighboring voxel centers, whose values are interpolated in it. Z voxels along an axis have
 Z + 1 cells: the first and the last are bounded by voxels on one side only, beyond which values are 0.
 
-The loss depends on a sample's interpolated value, and on its slope: the derivative of the value along a vector v.
+The loss depends on a sample's interpolated feature f, and on the gradient g of its signed distance w.r.t. the point:
 
-    d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
+    d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_feature + (b . v) feature_hat
 
-where w is the voxel's interpolation weight for the sample, b = dw / dpoint, and d_value, d_slope are the gradients
-w.r.t. the sample's value and slope. The sort is stable, so each cell sums its samples in a fixed order.
+where w is the voxel's interpolation weight for the sample, b = dw / dpoint, d_feature = dL / df, v = dL / dg, and
+feature_hat = d distance / df; see `sdf_backward`, whose last formula this is. The sort is stable, so each cell sums its
+samples in a fixed order.
 
-Part of `sdf_render`, which uses it under strict determinism: the reference is the gradient of `trilinear_ref`. No
-benchmark times it.
+Part of `sdf_render`, which uses it under `torch.use_deterministic_algorithms(True)`: the reference is the gradient of
+`trilinear_ref`. No benchmark times it.
 """
 
 import torch
@@ -19,16 +20,16 @@ import torch
 from unipad.kernels.backend import jit, tl, triton
 
 
-def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges, cells_per_unit, cell_offset):
+def cell_sum(d_volume, cell, d_feature, feature_hat, v, *, origins, directions, edges, cells_per_unit, cell_offset):
     """Fill d_volume [B, Z, Y, X, CHANNELS] fp32.
 
     Args:
-        cell:    [N] int32, each sample's cell, from `cell_of`.
-        d_value: [N, C] gradient w.r.t. the interpolated value; columns from CHANNELS on are padding.
-        d_slope: [N, C] gradient w.r.t. the value's derivative along v; padded likewise.
-        v:       [N, 3] that vector (x, y, z), in the unit of the points, not normalized.
+        cell:        [N] int32, each sample's cell, from `cell_of`.
+        d_feature:   [N, C] of the formula above; columns from CHANNELS on are padding.
+        feature_hat: [N, C] likewise.
+        v:           [N, 3] likewise: per unit of the points (x, y, z), not normalized.
         origins, directions: [R, 3] each, of the rays.
-        edges:   [R, S + 1] distances along the rays; sample n = r * S + s lies at the start of interval s of ray r.
+        edges:       [R, S + 1] distances along the rays; sample n = r * S + s lies at the start of interval s of ray r.
         cells_per_unit, cell_offset: [3] each: grid coordinates = point * cells_per_unit + cell_offset.
 
     Deterministic. Tensors must be contiguous. GPU and interpreter only.
@@ -40,8 +41,8 @@ def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges,
         order_ptr=order, first_of_cell_ptr=torch.searchsorted(sorted_cell, all_cells),
         origins_ptr=origins, directions_ptr=directions, edges_ptr=edges,
         cells_per_unit_ptr=cells_per_unit, cell_offset_ptr=cell_offset,
-        d_value_ptr=d_value, d_slope_ptr=d_slope, v_ptr=v, d_volume_ptr=d_volume,
-        S=edges.shape[1] - 1, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS, C=d_value.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
+        d_feature_ptr=d_feature, feature_hat_ptr=feature_hat, v_ptr=v, d_volume_ptr=d_volume,
+        S=edges.shape[1] - 1, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS, C=d_feature.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
     )  # fmt: skip
 
 
@@ -57,27 +58,27 @@ def cell_of(grid_coords, Z, Y, X):
     ux, uy, uz, first = grid_coords  # first: volume index * Z
     x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1  # cell 0 ends at voxel 0
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
-    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)  # now of all volumes' slices of cells
+    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)  # now the index among the slices of all volumes
     cell = (z * (Y + 1) + tl.where(inside, y, 0.0).to(tl.int64)) * (X + 1) + tl.where(inside, x, 0.0).to(tl.int64)
     return tl.where(inside, cell, 2147483647).to(tl.int32)
 
 
 @jit
 def _cell_sum_kernel(
-    order_ptr, first_of_cell_ptr,  # [N] int64 samples sorted by cell; [cells + 1] int64, where each cell's begin there
+    order_ptr, first_of_cell_ptr,  # [N] int64 samples sorted by cell; [cells + 1] int64, where each begins
     origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, cell_offset_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
-    d_value_ptr, d_slope_ptr, v_ptr,  # [N, C], [N, C], [N, 3]
+    d_feature_ptr, feature_hat_ptr, v_ptr,  # [N, C], [N, C], [N, 3]
     d_volume_ptr,  # [B, Z, Y, X, CHANNELS]
     S, Z, Y, X, CHANNELS,
     C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     voxel = tl.program_id(0).to(tl.int64)
-    x, y, z, b = voxel % X, voxel // X % Y, voxel // X // Y % Z, voxel // X // Y // Z
+    x, y, z, volume = voxel % X, voxel // X % Y, voxel // X // Y % Z, voxel // X // Y // Z
     c = tl.arange(0, C)[None, :]
     acc = tl.zeros((C,), tl.float32)
     for k in range(8):  # the voxel is corner k of the cell
         kx, ky, kz = k % 2, k // 2 % 2, k // 4
-        cell = ((b * (Z + 1) + z + 1 - kz) * (Y + 1) + y + 1 - ky) * (X + 1) + x + 1 - kx
+        cell = ((volume * (Z + 1) + z + 1 - kz) * (Y + 1) + y + 1 - ky) * (X + 1) + x + 1 - kx
         end = tl.load(first_of_cell_ptr + cell + 1)
         for i in range(tl.load(first_of_cell_ptr + cell), end, BLOCK_N):
             i = i + tl.arange(0, BLOCK_N)
@@ -91,10 +92,10 @@ def _cell_sum_kernel(
             vx = tl.load(v_ptr + 3 * n, mask=ok, other=0.0)
             vy = tl.load(v_ptr + 3 * n + 1, mask=ok, other=0.0)
             vz = tl.load(v_ptr + 3 * n + 2, mask=ok, other=0.0)
-            along = bx * ay * az * vx + ax * by * az * vy + ax * ay * bz * vz
-            d_value = tl.load(d_value_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
-            d_slope = tl.load(d_slope_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
-            acc += tl.sum((ax * ay * az)[:, None] * d_value + along[:, None] * d_slope, axis=0)
+            b_v = bx * ay * az * vx + ax * by * az * vy + ax * ay * bz * vz
+            d_feature = tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            feature_hat = tl.load(feature_hat_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            acc += tl.sum((ax * ay * az)[:, None] * d_feature + b_v[:, None] * feature_hat, axis=0)
     c = tl.arange(0, C)
     tl.store(d_volume_ptr + voxel * CHANNELS + c, acc, mask=c < CHANNELS)
 

@@ -85,9 +85,9 @@ BLOCKING = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "
 class WaitRecorder(TorchDispatchMode):
     """Records where the host would wait for a GPU.
 
-    named:   reason of the `backend.host_wait` around each wait.
-    unnamed: name of each operator that waits outside of a `backend.host_wait`.
-    without: modules whose kernels are not run, to save time; no tensor's size may depend on their results.
+    marked:   reason of the `backend.host_wait` around each wait.
+    unmarked: name of each operator that waits outside of a `backend.host_wait`.
+    without:  modules whose kernels are not run, to save time; no tensor's size may depend on their results.
 
     Creating a tensor from a list (`lift_fresh`) counts, since the host waits for its copy. Operators inside kernels do
     not count: they are the interpreter's.
@@ -95,7 +95,7 @@ class WaitRecorder(TorchDispatchMode):
 
     def __init__(self, without=()):
         super().__init__()
-        self.without, self.named, self.unnamed = without, [], []
+        self.without, self.marked, self.unmarked = without, [], []
 
     def __enter__(self):
         from triton.runtime.jit import KernelInterface
@@ -135,9 +135,9 @@ class WaitRecorder(TorchDispatchMode):
 
     def _record(self, name):
         if backend.waiting_for is None:
-            self.unnamed.append(name)
+            self.unmarked.append(name)
         else:
-            self.named.append(backend.waiting_for)
+            self.marked.append(backend.waiting_for)
 
 
 def _run(fn, inputs, dtype, wrt):

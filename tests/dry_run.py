@@ -32,7 +32,7 @@ aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 
 
-class UnnamedWait(AssertionError):
+class UnmarkedWait(AssertionError):
     """The host would wait for the device outside of `backend.host_wait`."""
 
 
@@ -148,9 +148,9 @@ class _FakeDevice(TorchDispatchMode):
         if target.type == "cuda":
             non_blocking = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
             if not non_blocking:
-                raise UnnamedWait(f"the host waits for a copy of {tuple(source.shape)} to the GPU: use non_blocking")
+                raise UnmarkedWait(f"the host waits for a copy of {tuple(source.shape)} to the GPU: use non_blocking")
         elif backend.waiting_for is None:
-            raise UnnamedWait(f"the host waits for a copy of {tuple(source.shape)} from the GPU")
+            raise UnmarkedWait(f"the host waits for a copy of {tuple(source.shape)} from the GPU")
         else:
             with unset_fake_temporarily():
                 return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
@@ -158,7 +158,7 @@ class _FakeDevice(TorchDispatchMode):
     def _sized_by_data(self, func, args):
         """The result of an operator whose output size (or number, for `item`) the host waits for."""
         if backend.waiting_for is None:
-            raise UnnamedWait(f"the host waits for the output, or its size, of {func}")
+            raise UnmarkedWait(f"the host waits for the output, or its size, of {func}")
         number = next(self.answers[backend.waiting_for])
         if func is aten._local_scalar_dense.default:
             return number

@@ -39,7 +39,7 @@ class FakeDataset(torch.utils.data.Dataset):
     def __len__(self):
         return self.n
 
-    def read(self, i, rng=None, paste=True):
+    def read(self, i, rng=None, paste=True):  # the signature of `DrivingDataset.read`
         if i in self.bad:
             raise BadFrame(f"frame-{i}", "is missing")
         return sample(i, points=i, size=(8, 8))
@@ -141,7 +141,7 @@ def test_bad_frames_are_replaced_by_uniformly_drawn_ones():
     assert abs(loaded.count("0") - 120) < 5 * np.sqrt(200 / 4)
 
 
-def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
+def test_a_dataset_without_readable_frames_is_a_data_error(monkeypatch):
     monkeypatch.setattr(loader, "TRIES", 8)  # frames that are tried, of the 100
     with pytest.raises(DataError, match=r"none of the 8 frames can be read \(frame-\d+: is missing\)"):
         next(step_batches(FakeDataset(100, bad=range(100)), micro_batch=1))

@@ -40,18 +40,19 @@ def test_recipes_of_the_paper():
 
 
 @pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
-def test_from_dict_recognizes_the_classes_of_recipe_and_lidar_encoder(recipe):
+def test_from_dict_chooses_the_dataclass_by_its_fields(recipe):
+    """Of the unions `AnyRecipe` and, in it, `LidarConfig | UnetConfig`: the dict does not name them."""
     assert from_dict(AnyRecipe, to_dict(recipe)) == recipe
 
 
 @pytest.mark.parametrize("paste", [None, Paste(counts=(1,) * 10)])
 def test_a_recipe_is_restored_from_its_dict(paste):
-    """Also tuples, which JSON makes lists, and an optional section."""
+    """Its tuples too, which `to_dict` makes lists, and the optional section `paste`."""
     recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
     assert from_dict(DetectRecipe, to_dict(recipe)) == recipe
 
 
-def test_number_of_parameters_of_the_final_camera_model():
+def test_number_of_parameters_of_the_papers_final_camera_model():
     """As many as in a model of the released config uvtr_cam_vs0.075_pretrain."""
     with torch.device("meta"):
         net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
@@ -63,7 +64,8 @@ def test_a_run_reuses_the_kernel_launch_parameters_in_its_tuning_json(tmp_path):
     run = RunFolder(tmp_path, config={}, world=World(rank=0, size=1, device=cpu))
 
     def choice():
-        """Of two candidates for a made-up op at size 4; the first is the default."""
+        """The choice between two candidates for a made-up op at size 4; the first is the default."""
+        # run: the function to time; never called on a CPU
         return tuning.choose(("op", 4), candidates=[(1,), (2,)], run=None, device=cpu)
 
     try:

@@ -70,7 +70,7 @@ def test_every_released_config_converts_to_ours_and_back_bit_for_bit(name):
     back, report = convert_ours(ours)
     assert not report.faults and back.keys() == {"meta", "state_dict"}
     assert_same(back["state_dict"], state)
-    back, _ = convert_ours(ours, spconv=2)
+    back, _ = convert_ours(ours, spconv=2)  # the released files have the layout of spconv 1
     again, report = convert_unipad(back["state_dict"])
     assert not report.faults
     assert_same(again["model"], ours["model"])
@@ -114,7 +114,9 @@ def test_a_larger_convnext_is_recognized():
     state = released("uvtr_cam_vs0.1_pretrain")
     wider = {k: torch.zeros(_wider(v.shape)) if k.startswith("img_backbone") else v for k, v in state.items()}
     _, widths = CONVNEXT["base"]  # channels per stage
-    for i, width in enumerate(widths[1:]):  # from the stages that the FPN reads to its 128 channels
+    for i, width in enumerate(
+        widths[1:]
+    ):  # 1 x 1 convolutions from the width of each stage that the FPN reads to its 128 channels
         wider[f"img_neck.lateral_convs.{i}.conv.weight"] = torch.zeros(128, width, 1, 1)
     ours, report = convert_unipad(wider)
     assert not report.faults, report
@@ -134,7 +136,7 @@ def test_names_and_layouts_by_hand():
         "pts_middle_encoder.conv_input.0.weight": torch.randn(3, 3, 3, 5, 8),
         "pts_middle_encoder.conv_out.0.weight": torch.randn(1, 1, 1, 8, 6),
         "pts_neck.deblocks.1.0.weight": torch.randn(4, 6, 1, 2, 2),
-        "pts_neck.extra_blocks.7.bias": torch.randn(4),
+        "pts_neck.extra_blocks.7.bias": torch.randn(4),  # 7 = 3 * 2 + 1: a block is convolution, norm, ReLU
         "pts_bbox_head.transformer.decoder.layers.2.attentions.0.attn.in_proj_weight": torch.randn(6, 2),
         "pts_bbox_head.loss.weight": torch.randn(3),  # does not exist
     }
@@ -224,7 +226,7 @@ def test_a_camera_encoder_starts_from_imagenet_weights(tmp_path):
     net, lines = Pretrain(PRETRAIN["camera"]["tiny"]), []
     taken = take_weights(net, "encoder.", [tmp_path / "convnext.pt"], "--init", lines.append)
     new = {n for n in net.state_dict() if n.startswith("encoder.camera.backbone.")} - taken
-    # ImageNet's have no norms of stages; the FPN reads stages 1 to 3
+    # ImageNet checkpoints have no norm per stage; the FPN reads stages 1 to 3
     assert new == {f"encoder.camera.backbone.norm{i}.{end}" for i in (1, 2, 3) for end in ("weight", "bias")}
     weights = read_checkpoint(tmp_path / "convnext.pt")["model"]
     assert_same({n: net.state_dict()[n] for n in taken}, weights)
@@ -266,7 +268,7 @@ class Code:
 
 
 def broken(fault, folder):
-    """The path of a file that cannot be converted because of `fault`, or of one that can: "whole"."""
+    """The path of a file that cannot be converted because of `fault`; "whole": it can; "absent": there is none."""
     file = folder / f"{fault}.pth"
     shapes = {key: shape for key, (shape, _) in RELEASED["uvtr_cam_vs0.1_pretrain"].items()}
     state = {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}
@@ -351,7 +353,7 @@ def test_nothing_is_overwritten_without_overwrite(tmp_path):
     with pytest.raises(UserError, match="out.pt exists; give another file, or --overwrite"):
         main(Args((file, out)))
     assert out.read_text() == "precious"
-    (tmp_path / ".out.pt.999999999").write_text("what a killed conversion left")
+    (tmp_path / ".out.pt.999999999").write_text("what a killed conversion left")  # named after its process
     main(Args((file, out), overwrite=True))
     assert read_checkpoint(out)["model"] and not list(tmp_path.glob(".out*"))
 

@@ -1,4 +1,4 @@
-"""LiDAR encoder: voxel mask, sparse encoder and neck, compared with the original and by hand."""
+"""LiDAR encoder: voxel mask, sparse encoder and neck, compared with the original and with values computed by hand."""
 
 import dataclasses
 from unittest import mock
@@ -19,13 +19,14 @@ from unipad.model.sparse import NORM, SparseConv3d, SparseTensor, SubMConv3d, Vo
 
 GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3 cells (x, y, z)
 TINY = config.LidarConfig(
-    cell=(0.25, 0.25, 0.5), widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
+    cell=(0.25, 0.25, 0.5),  # of the input voxels: a quarter of the grid's
+    widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
     neck_widths=(8, 12), neck_strides=(1, 2), neck_layers=1, channels=6,
 )  # fmt: skip
 
 
 def recorded_noise(arrays):
-    """The record's uniform random numbers, one per occupied block, scattered to [B, z, y, x] of all blocks."""
+    """The recorded random numbers of the original, one per occupied block, scattered to [B, z, y, x] of all blocks."""
     noise = torch.zeros(2, 6, 20, 20)
     drawn = torch.cat([arrays["in/rand_masking_0"][0], arrays["in/rand_masking_1"][0]])
     noise[tuple(arrays["out/block_coords"].long().unbind(1))] = drawn
@@ -202,7 +203,7 @@ def test_voxels_are_where_the_points_are():
     assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1
 
 
-def test_voxels_are_sorted_by_key():
+def test_voxels_are_sorted_by_linear_index():
     encoder = make_encoder()
     x, _ = sparse_part(encoder, *cloud())
     assert (x.voxels.keys().diff() > 0).all()
@@ -297,8 +298,11 @@ def test_runs_are_bit_equal():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """Without a GPU, in the interpreter. Kernels whose results determine no size are not run, to save time."""
+def test_a_step_synchronizes_only_to_read_sizes(monkeypatch, device):
+    """The host waits for the GPU, marked by `backend.host_wait`, only to learn the sizes of tensors.
+
+    Without a GPU, in the interpreter. Kernels whose results determine no size are not run, to save time.
+    """
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     encoder = LidarEncoder(TINY, GRID).to(device)
@@ -307,11 +311,11 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
     with WaitRecorder(without=("unipad.kernels.sparse_tiles", "unipad.kernels.sparse_gemm")) as waits:
         encoder(points, counts, noise)[0].square().sum().backward()
     output_size = "number of a convolution's output voxels"
-    assert waits.named == ["number of occupied voxels", "indices of the visible voxels", output_size, output_size]
-    assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
+    assert waits.marked == ["number of occupied voxels", "indices of the visible voxels", output_size, output_size]
+    assert set(waits.unmarked) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
-def test_cells_that_do_not_fit_the_grid_are_rejected():
+def test_voxels_that_do_not_fit_the_grid_are_rejected():
     with pytest.raises(UserError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*use voxels of \(0.25, 0.25"):
         make_encoder(cell=(0.25, 0.5, 0.5))
     with pytest.raises(UserError, match="multiples of 3"):

@@ -28,8 +28,8 @@ def test_both_layouts_read_the_same(city, copy, tmp_path):
 
 def count_builds(monkeypatch):
     """A list that gets an entry each time the indices are built, which is for all splits at once."""
-    builds, build = [], tables._build
-    monkeypatch.setattr(tables, "_build", lambda *a, **k: builds.append(a) or build(*a, **k))
+    builds, build = [], tables._build_all
+    monkeypatch.setattr(tables, "_build_all", lambda *a, **k: builds.append(a) or build(*a, **k))
     return builds
 
 

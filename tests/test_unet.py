@@ -116,8 +116,8 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
     occupied, visible = "number and extent of occupied cells", "indices of the visible voxels"
     outputs = "number of a convolution's output voxels"
     # reasons given to `backend.host_wait`; outputs: of two strided convolutions
-    assert waits.named == [occupied, visible, outputs, outputs]
-    assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
+    assert waits.marked == [occupied, visible, outputs, outputs]
+    assert set(waits.unmarked) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
 def test_cells_of_points_are_the_same_on_a_gpu():

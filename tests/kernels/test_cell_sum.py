@@ -15,7 +15,7 @@ LAUNCHES = [
 
 
 OUTSIDE = 2**31 - 1  # what `cell_of` returns for samples in no cell
-COLUMNS = 16  # of d_value and d_slope, padding included
+COLUMNS = 16  # of d_feature and feature_hat, padding included
 
 
 def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
@@ -28,7 +28,7 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     origins[:1], directions[:1] = 0, torch.tensor([1.0, 0, 0])
     edges = (torch.arange(S + 1) / 64).expand(R, S + 1).contiguous()
     cells_per_unit, cell_offset = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.5, 1.0, 0.5])
-    d_value, d_slope, v = torch.randn(R * S, COLUMNS), torch.randn(R * S, COLUMNS), torch.randn(R * S, 3)
+    d_feature, feature_hat, v = torch.randn(R * S, COLUMNS), torch.randn(R * S, COLUMNS), torch.randn(R * S, 3)
     points = origins[:, None] + directions[:, None] * edges[:, :-1, None]
     grid_coords = points * cells_per_unit + cell_offset
     x, y, z = (grid_coords.flatten(0, 1).floor() + 1).long().unbind(1)  # cells start one voxel before the volume
@@ -37,8 +37,8 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     cell = torch.where(inside, cell, OUTSIDE).int()
     d_volume = torch.empty(B, Z, Y, X, channels)
     inputs = dict(
-        d_volume=d_volume, cell=cell, d_value=d_value, d_slope=d_slope, v=v, origins=origins, directions=directions,
-        edges=edges, cells_per_unit=cells_per_unit, cell_offset=cell_offset,
+        d_volume=d_volume, cell=cell, d_feature=d_feature, feature_hat=feature_hat, v=v, origins=origins,
+        directions=directions, edges=edges, cells_per_unit=cells_per_unit, cell_offset=cell_offset,
     )  # fmt: skip
     return inputs, grid_coords, volume_idx.int()
 
@@ -53,7 +53,7 @@ def test_cell_sum_is_the_gradient_of_trilinear(device):
     value, gradient = trilinear_ref(volume, grid_coords.double(), volume_idx)
     # `gradient` [R, S, 3, channels] is w.r.t. grid coordinates, v is a direction in the unit of the points
     slope = ((inputs["cells_per_unit"] * inputs["v"]).view(R, S, 3, 1) * gradient).sum(2)
-    upstream = [inputs[d].double().view(R, S, COLUMNS)[..., :channels] for d in ("d_value", "d_slope")]
+    upstream = [inputs[d].double().view(R, S, COLUMNS)[..., :channels] for d in ("d_feature", "feature_hat")]
     (expected,) = torch.autograd.grad([value, slope], volume, upstream)
     inputs = {name: t.to(device) for name, t in inputs.items()}
     cell_sum(**inputs)

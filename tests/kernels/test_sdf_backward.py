@@ -122,13 +122,13 @@ def test_only_volsdfs_sampler_waits_for_the_device_in_a_training_step(determinis
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
     with launches() as launched, WaitRecorder() as waits:
         values = step()
-    assert not waits.named and not waits.unnamed
+    assert not waits.marked and not waits.unmarked
     assert {"_resample_kernel", "_sdf_render_bwd_sdf_kernel"} <= {*launched}
     assert ("_cell_sum_kernel" in launched) == deterministic and all(t.isfinite().all() for t in values)
     _, step = training_step("volsdf")
     with WaitRecorder() as waits:
         step()
-    assert set(waits.named) == {"convergence of VolSDF's sampler"} and not waits.unnamed
+    assert set(waits.marked) == {"convergence of VolSDF's sampler"} and not waits.unmarked
 
 
 def test_volsdf_uses_no_cumsum_of_floats():

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from unipad.batch import CAMERAS, CLASSES
 from unipad.boxes import boxes_from_global
-from unipad.data.schema import box_fault, fault
+from unipad.data.schema import box_fault, row_error
 
 NO_CATEGORY = 255  # stands for a class where a label in a file is no category's index
 CAMERA_SWEEPS = 5  # of each camera before a keyframe: all between two keyframes (cameras at 12 Hz, keyframes at 2 Hz)
@@ -85,7 +85,7 @@ def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
     samples, names = _samples(nusc, scenes), _camera_names(nusc)
     for sample in samples:
         if "LIDAR_TOP" not in sample["data"]:
-            raise _fault(nusc, "sample", sample, "has no keyframe of the sensor LIDAR_TOP")
+            raise _row_error(nusc, "sample", sample, "has no keyframe of the sensor LIDAR_TOP")
     tokens = {s["token"] for s in samples}
     lidar = [r for r in nusc.sample_data if r["channel"] == "LIDAR_TOP" and r["sample_token"] in tokens]
     lidar_row = {r["token"]: i for i, r in enumerate(lidar)}
@@ -120,13 +120,14 @@ def _check_motion(nusc, lidar, lidar2global, times, prev):
         _check_gap(nusc, lidar[i], gap)
         if np.linalg.norm(step) > max(MAX_OFFSET, MAX_SPEED * 1e-6 * abs(gap)):
             pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])
-            raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(step):.0f} m from that of the LiDAR frame before")
+            what = f"is {np.linalg.norm(step):.0f} m from that of the LiDAR frame before"
+            raise _row_error(nusc, "ego_pose", pose, what)
 
 
 def _check_gap(nusc, record, gap):
     """Raise `DataError` unless `gap`, the microseconds since a record's `prev`, is from 0 to `MAX_GAP`."""
     if not 0 <= gap <= MAX_GAP:
-        raise _fault(nusc, "sample_data", record, f"its time is {1e-6 * gap:.0f} s after that of its prev")
+        raise _row_error(nusc, "sample_data", record, f"its time is {1e-6 * gap:.0f} s after that of its prev")
 
 
 def _boxes(nusc, samples, lidar2global):
@@ -226,7 +227,7 @@ def _images(nusc, records, shape, lidar2global):
     apart = np.linalg.norm(lidar2camera[..., :3, 3], axis=-1).ravel()
     for i in np.flatnonzero(present & (apart > MAX_OFFSET)):
         pose = nusc.get("ego_pose", records[i]["ego_pose_token"])
-        raise _fault(nusc, "ego_pose", pose, f"puts a camera {apart[i]:.0f} m from the LiDAR")
+        raise _row_error(nusc, "ego_pose", pose, f"puts a camera {apart[i]:.0f} m from the LiDAR")
     return {
         "image_files": _text("" if record is None else record["filename"] for record in records).reshape(shape),
         "image_sizes": sizes.reshape(*shape, 2),
@@ -239,7 +240,7 @@ def _image_size(nusc, record):
     """Height and width, in pixels, of the image that the intrinsics of a sample_data record are for."""
     size = record.get("height"), record.get("width")
     if not all(type(side) is int and 0 < side < 2**16 for side in size):
-        raise _fault(nusc, "sample_data", record, f"height and width of an image are {size[0]} and {size[1]}")
+        raise _row_error(nusc, "sample_data", record, f"height and width of an image are {size[0]} and {size[1]}")
     return size
 
 
@@ -256,7 +257,7 @@ def _intrinsics(nusc, records):
     for matrix, record in zip(intrinsics, records, strict=True):
         sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
         if not sensor["camera_intrinsic"]:
-            raise _fault(nusc, "calibrated_sensor", sensor, "camera_intrinsic of a camera is empty")
+            raise _row_error(nusc, "calibrated_sensor", sensor, "camera_intrinsic of a camera is empty")
         matrix[:3, :3] = sensor["camera_intrinsic"]
     return intrinsics
 
@@ -294,6 +295,6 @@ def _text(strings):
     return np.array([string.encode() for string in strings], "S")
 
 
-def _fault(nusc, table, record, what):
+def _row_error(nusc, table, record, what):
     """The `DataError` that says what is wrong with a record."""
-    return fault(Path(nusc.table_root), table, nusc.getind(table, record["token"]), what)
+    return row_error(Path(nusc.table_root), table, nusc.getind(table, record["token"]), what)

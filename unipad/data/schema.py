@@ -10,7 +10,9 @@ from pathlib import Path
 
 from unipad.data.dataset import DataError
 
-MAX_LENGTH = 1000  # characters of a name: the index stores names in arrays whose every entry is as wide as the longest
+MAX_LENGTH = (
+    1000  # characters of a name: in the cached index, every entry of an array of names is as wide as the longest
+)
 MAX_INTEGER = 2**62  # integers must be smaller: so the difference of two times, in microseconds, fits into int64
 MAX_TRANSLATION = {"calibrated_sensor": 100.0, "ego_pose": 1e8}  # meters per axis; UTM coordinates reach 1e7
 
@@ -29,10 +31,10 @@ def read_table(folder: Path, name: str) -> list[dict]:
     checks = {"token": NAME, **FIELDS.get(name, {}), **dict.fromkeys(REFERENCES.get(name, {}), NAME)}
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise fault(folder, name, number, "is not an object with named fields")
+            raise row_error(folder, name, number, "is not an object with named fields")
         for field, (is_valid, expected) in checks.items():
             if not is_valid(row.get(field)):
-                raise fault(folder, name, number, f"{field} is not {expected}: {reprlib.repr(row.get(field))}")
+                raise row_error(folder, name, number, f"{field} is not {expected}: {reprlib.repr(row.get(field))}")
     return rows
 
 
@@ -59,7 +61,7 @@ def open_tables(root: Path, version: str, verbose: bool):
     return CheckedNuScenes(version, str(root), verbose=verbose)
 
 
-def fault(folder: Path, table: str, row: int, what: str) -> DataError:
+def row_error(folder: Path, table: str, row: int, what: str) -> DataError:
     """The error for one row of a table."""
     return DataError(f"{folder / table}.json, row {row}: {what}; correct it, or unpack the metadata again.")
 
@@ -70,7 +72,7 @@ def box_fault(annotation: dict) -> str | None:
     if not all(0 < edge <= 100 for edge in size):  # NaN fails too; the longest road trains have 54 m
         return f"size {size} is not between 0 and 100 m"
     if not all(abs(meters) <= MAX_TRANSLATION["ego_pose"] for meters in center):  # both are in the global frame
-        return f"translation {center} is not a place"
+        return f"translation {center} is not within 1e8 m of the origin"
     return None if _is_unit(rotation) else f"rotation {rotation} is not a unit quaternion"
 
 
@@ -83,18 +85,20 @@ def _check_references(tables, folder):
         if len(tokens[name]) < len(rows):
             seen = set()
             number = next(i for i, row in enumerate(rows) if row["token"] in seen or seen.add(row["token"]))
-            raise fault(folder, name, number, f"has the token of an earlier row, {rows[number]['token']}")
+            raise row_error(folder, name, number, f"has the token of an earlier row, {rows[number]['token']}")
     for name, fields in REFERENCES.items():
         for field, target in fields.items() if name in tokens else ():  # lidarseg is optional
             known = tokens[target] | ({""} if target == name else set())  # prev and next: "" at the ends of a chain
             for number, row in enumerate(getattr(tables, name)):
                 if row[field] not in known:
-                    raise fault(folder, name, number, f"{field} {row[field]} is in no row of {target}.json")
+                    raise row_error(folder, name, number, f"{field} {row[field]} is in no row of {target}.json")
     # The devkit looks up the map of every log
     mapped = {token for row in tables.map for token in row["log_tokens"]}
     for number, row in enumerate(tables.log):
         if row["token"] not in mapped:
-            raise fault(folder, "log", number, f"its token {row['token']} is in the log_tokens of no row of map.json")
+            raise row_error(
+                folder, "log", number, f"its token {row['token']} is in the log_tokens of no row of map.json"
+            )
 
 
 def _is_name(value):
@@ -117,7 +121,7 @@ def _is_number(value):
     return isinstance(value, float) or (type(value) is int and abs(value) < MAX_INTEGER)
 
 
-def _is_count(value):
+def _is_at_least_0(value):
     return _is_number(value) and 0 <= value < math.inf
 
 
@@ -154,7 +158,7 @@ def _is_intrinsic(value):
 # Checks of a field: (function that says whether a value is valid, what is expected, for the message)
 NAME = _is_name, f"text of at most {MAX_LENGTH} characters"
 FILE = _is_file, "the path of a file below the root"
-COUNT = _is_count, "a number that is 0 or more"
+AT_LEAST_0 = _is_at_least_0, "a number that is 0 or more"
 TIME = _is_time, "a time in microseconds"
 FLAG = (lambda value: value in (0, 1)), "true or false"
 ROTATION = (lambda value: _is_quaternion(value) and _is_unit(value)), "a unit quaternion w, x, y, z"
@@ -192,8 +196,8 @@ FIELDS = {
         "translation": (_is_vector, "three numbers"),
         "size": (_is_vector, "three numbers"),
         "rotation": (_is_quaternion, "four numbers"),
-        "num_lidar_pts": COUNT,
-        "num_radar_pts": COUNT,
+        "num_lidar_pts": AT_LEAST_0,
+        "num_radar_pts": AT_LEAST_0,
     },
     "lidarseg": {"filename": FILE},
 }

@@ -20,9 +20,9 @@ class Field(nn.Module):
 
     def __init__(self, cfg: Render, grid: Grid):
         super().__init__()
-        # feature -> signed distance, geometry feature
+        # point; feature -> signed distance, geometry feature
         self.sdf_decoder = Decoder(cfg.channels, 1 + cfg.hidden, hidden=cfg.hidden, layers=cfg.sdf_layers)
-        # direction, feature, gradient, geometry feature -> color
+        # point; direction, feature, gradient, geometry feature -> color
         self.rgb_decoder = Decoder(3 + cfg.channels + 3 + cfg.hidden, 3, hidden=cfg.hidden, layers=cfg.rgb_layers)
         # for `beta` (VolSDF) and `inv_s` (NeuS) below; one setting initializes both, as in the original
         self.laplace_density = nn.ParameterDict({
@@ -30,7 +30,8 @@ class Field(nn.Module):
             "beta": nn.Parameter(torch.full((1,), cfg.variance)),
         })  # fmt: skip
         self.deviation_network = nn.ParameterDict({"variance": nn.Parameter(torch.full((1,), cfg.variance))})
-        # The centers of the first and last voxel lie on the limits of the range, as with align_corners=True.
+        # The centers of the first and last voxel lie on grid.low and grid.high, as with align_corners=True, so the
+        # spacing of voxels is a little more than grid.cell.
         per_meter = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
         at_zero = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]  # voxel coordinates of the origin
         self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3] x, y, z
@@ -86,8 +87,8 @@ class Decoder(nn.Module):
     """The parameters of one MLP, under the original's names: lin0, lin1, ..; fc_c.0, fc_c.1, ..; fc_p. Never called:
     the ops compute with `tensors()`.
 
-    lin0, lin1, .. are the layers. fc_p reads the point, for lin0's input; fc_c.l reads a vector of `inputs` numbers,
-    the same for all l, and its output is added to lin l's input.
+    lin0, lin1, .. are the layers. The input of lin0 is fc_p(point) + fc_c.0(c), where c is a vector of `inputs`
+    numbers; fc_c.l(c) is added to the input of every other lin l.
     """
 
     def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):

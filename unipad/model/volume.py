@@ -57,7 +57,7 @@ class VoxelPoolLift(nn.Module):
         if camera.fpn_levels != 1:
             raise UserError(
                 f"--camera.view pool takes one level of features, not {camera.fpn_levels}; use --camera.fpn-levels 1 "
-                "and --camera.fpn-start of the last stage."
+                f"and --camera.fpn-start {len(camera.widths) - 1}, the last stage."
             )
         self.grid, self.depth_range, self.truncate = grid, camera.depth_range, camera.truncate
 
@@ -91,7 +91,7 @@ class FrameFusion(nn.Module):
 
     def forward(self, volumes: Tensor, lags: Tensor) -> Tensor:
         """volumes: [B * frames, C, Z, Y, X], sample after sample, each with the keyframe's first.
-        lags:    [B, frames] seconds from each frame to the keyframe, the later one.
+        lags:    [B, frames] age of each frame in seconds; 0 for the keyframe.
 
         Returns [B, C, Z, Y, X] in memory format channels_last_3d.
         """

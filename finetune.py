@@ -61,7 +61,7 @@ class Args:
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it with its settings; auto: the run in --out, or the newest
     pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, one or two
-    freeze_encoder: bool = False  # train only the head, to probe what the encoder has learned; its norms still adapt
+    freeze_encoder: bool = False  # train only the head, as a probe; batch norms update running statistics
     data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
@@ -119,7 +119,7 @@ TASKS = {
 
 
 def parse(argv=None) -> Args:
-    args = cli.parse(Args, lambda args: cli.run_args(args) or with_preset(args), __doc__, argv)
+    args = cli.parse(Args, lambda args: cli.args_of_run(args) or with_preset(args), __doc__, argv)
     positive = ("steps", "stop_at", "accumulate", "log_every", "save_every")
     positive += ("recipe.optim.epochs", "recipe.optim.batch_size", "recipe.optim.lr")
     check_ranges(args, positive, ("workers", "seed", "val_every"))
@@ -144,7 +144,7 @@ def main(args: Args):
         kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
         path, saved = find_run(kind, args.out, args.resume, world)
         if not saved:
-            cli.check_frozen(recipe, args.pretrained, "--pretrained")
+            cli.check_frozen_stages(recipe, args.pretrained, "--pretrained")
 
         # Data
         args, train_set, val_set = open_datasets(args, world)
@@ -210,7 +210,7 @@ def main(args: Args):
             for i in range(args.accumulate):
                 batch, bad_frames = next(batches)
                 progress.report_unreadable(bad_frames)
-                rngs = generators(args.seed, step, world.positions(i, micro_batch), device)
+                rngs = generators(args.seed, step, world.sample_slots(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
                     with autocast, progress.explains_divergence(net, step + 1):
                         losses = model(batch.to(device), rngs)

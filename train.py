@@ -86,7 +86,7 @@ class Args:
 
 def parse(argv=None) -> Args:
     def choose(args):  # the flags of an earlier run (--config, --resume), or these with their preset's recipe
-        return cli.run_args(args) or cli.with_preset(args, PRETRAIN, args.modality, DEFAULT_PRESET[args.modality])
+        return cli.args_of_run(args) or cli.with_preset(args, PRETRAIN, args.modality, DEFAULT_PRESET[args.modality])
 
     args = cli.parse(Args, choose, __doc__, argv)
     above_0 = ("steps", "stop_at", "accumulate", "log_every", "val_samples", "picture_stride", "save_every")
@@ -104,7 +104,7 @@ def main(args: Args):
         kind = "segment" if isinstance(recipe.lidar, UnetConfig) else args.modality
         path, saved = find_run(f"train-{kind}", args.out, args.resume, world)  # saved: the checkpoint to resume from
         if not saved:
-            cli.check_frozen(recipe, args.init, "--init")
+            cli.check_frozen_stages(recipe, args.init, "--init")
 
         # Data
         args, train_set, val_set = open_datasets(args, world)
@@ -166,7 +166,7 @@ def main(args: Args):
             for i in range(args.accumulate):
                 batch, bad_frames = next(batches)
                 progress.report_unreadable(bad_frames)
-                rngs = generators(args.seed, step, world.positions(i, micro_batch), device)
+                rngs = generators(args.seed, step, world.sample_slots(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
                     with autocast, progress.explains_divergence(net, step + 1):
                         losses, rays_missed = model(batch.to(device), rngs)

@@ -1,6 +1,7 @@
 """voxelize (kernels and reference) and grid_sample on ten LiDAR sweeps.   python -m benchmarks.bench_voxelize
 
-`grid_sample` is plain PyTorch on every device; on a GPU, its rows "triton" and "reference" time the same function.
+`grid_sample` (one point of each occupied cell; not `F.grid_sample`) is plain PyTorch on every device; on a GPU, its
+rows "triton" and "reference" time the same function.
 """
 
 import torch

@@ -62,6 +62,7 @@ def recipes():
 def city():
     """Root of a small synthetic city with camera sweeps, generated once."""
     if not CITY.exists():
+        # camera_sweeps: besides the keyframe, which `Data` counts too
         generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2)
     return CITY
 
@@ -99,14 +100,14 @@ class Step:
 
 
 def measure(name, recipe, model, root):
-    """Loss, gradient norm, times and memory of a recipe's step, with "_ref" those on the references: a dict.
+    """A dict with loss, gradient norm, times and memory of a recipe's step; keys that end in _ref: with the references.
 
-    None for what was not measured; on a CPU it lacks the entries of `_profile`.
+    Values that were not measured are None; on a CPU the keys of `_profile` are absent.
     """
     began = time.perf_counter()
     step = Step(recipe, model, root)
     loss, norm = step().tolist()
-    # first_step_s: with loading the sample, building the model and compiling
+    # first_step_s includes loading the sample, building the model and compiling
     found = {"recipe": name, "loss": loss, "grad_norm": norm, "first_step_s": time.perf_counter() - began}
     found |= dict.fromkeys(("loss_ref", "grad_norm_ref", "ms_ref", "mem_mb"))
     with references(), contextlib.suppress(torch.OutOfMemoryError):  # they need far more memory than the kernels
@@ -149,11 +150,12 @@ def _profile(step, ms):
 def rows(record):
     """A recipe's record as rows of results.csv: with our kernels, and on the references if they fit into memory.
 
-    record: of `measure` on a GPU, with `machine()`.
+    record: what `measure` returned on a GPU, and the columns of `machine()`.
     """
     none = dict.fromkeys(MEASUREMENTS)
     where = {key: record[key] for key in machine()}
     name = {"op": f"step of {record['recipe']}", "case": "batch 1, 900 x 1600", "note": ""}
+    # both_ms: of a whole step with its optimizer; in other rows of results.csv, of forward and backward
     ours = {"both_ms": record["ms"], "gpu_ms": record["gpu_ms"], "peak_mb": record["mem_mb"]}
     if record["loss_ref"] is not None:
         # of the loss, relative; in other rows of results.csv it is that of outputs and gradients

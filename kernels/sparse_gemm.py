@@ -44,7 +44,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
         )  # fmt: skip
 
     def run_trial(blocks):
-        launch(blocks, table.trial())  # also makes the tiles, unless they are cached
+        launch(blocks, table.trial())  # a copy, which adds nothing to the cache: each trial makes its tiles
 
     kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
     launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), run_trial, features.device))
@@ -213,7 +213,7 @@ def _widen(features):
 @jit
 def _gather_gemm_kernel(
     features_ptr, weight_ptr,  # [N, I], [O, K, I]
-    row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr,  # of `Tiles`
+    row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr,  # of `Tiles`; `_idx`: int32, counts too
     out_ptr,  # [M, O]
     scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
     K, I, O,  # offsets, input and output channels

@@ -23,7 +23,7 @@ from unipad.model.pretrain import Pretrain
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
 from unipad.run_folder import run_config
 
-toy = test_dataset.toy  # a fixture
+toy = test_dataset.toy  # a fixture that writes a dataset class, toy_set:Toy, into `tmp_path`
 # (script, flags that choose a preset, recipe of the preset)
 EVERY_PRESET = [
     (train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()
@@ -46,7 +46,7 @@ def settings(recipe):
         if dataclasses.is_dataclass(value):
             yield from ((f"{name}.{inner}", hint, v) for inner, hint, v in settings(value))
         elif value is not None or not any(map(dataclasses.is_dataclass, typing.get_args(hints[name]))):
-            yield name, hints[name], value  # not of a section that is None, such as `camera`
+            yield name, hints[name], value  # a section that is None, such as `camera`, has no settings
 
 
 def another(hint, value):
@@ -149,7 +149,7 @@ def test_a_recipe_with_a_missing_field_is_rejected(tmp_path):
         (lambda c: c["args"].update(workers=1.5), "workers is '1.5'"),
         (lambda c: c["args"].pop("seed"), "has the fields"),
         (lambda c: c.pop("args"), "'args'"),
-        (lambda c: c["recipe"]["optim"].update(lr=float("inf")), "--optim.lr inf is no number"),
+        (lambda c: c["recipe"]["optim"].update(lr=float("inf")), "--optim.lr inf is out of range"),
     ],
 )
 def test_a_config_edited_by_hand_is_checked(edit, words, tmp_path):
@@ -200,9 +200,9 @@ def test_default_presets_exist():
         (train, ["--camera.widths", 24, -64, 96, 192], "--camera.widths -64 must be at least 1"),
         (finetune, ["--modality", "lidar", "--detect.heads", 0], "--detect.heads 0 must be at least 1"),
         (train, ["--camera.frozen-stages", -1], "--camera.frozen-stages -1 must be at least 0"),
-        (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
+        (train, ["--lr", "inf"], "--optim.lr inf is out of range"),
         (train, ["--grid.cell", "nan", 1, 1], "--grid.cell .nan, 1.0, 1.0.: along x there is no range"),
-        (train, ["--epochs", "1e20"], r"--optim.epochs 1e\+20 is no number"),
+        (train, ["--epochs", "1e20"], r"--optim.epochs 1e\+20 is out of range"),
         (train, ["--steps", 10**20], "--steps 1000*0 is too large; use at most"),
         (train, ["--seed", 2**64], "--seed 18446744073709551616 is too large"),
         (train, ["--workers", 10**5], "--workers 100000 is too large for this machine; use at most"),
@@ -270,7 +270,7 @@ def test_settings_with_a_wrong_order_range_or_count_are_rejected(script, flags, 
         (["--modality", "lidar", "--lidar.neck-strides", 1, 3], "--lidar.neck-strides .* multiples of 3"),
         (
             ["--modality", "lidar", "--preset", "segment-tiny", "--lidar.blocks", 1, 1],
-            "--lidar.widths .* many up as",
+            "--lidar.widths .* as many up as down",
         ),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
@@ -333,7 +333,10 @@ def test_every_flag_has_a_help_text(script, flags, capsys):
 
 
 def run(script, *flags, path=""):
-    """Run a script as a user does, without Triton's interpreter, which the test suite turns on."""
+    """Run a script as a user does, without Triton's interpreter, which the test suite turns on.
+
+    path: an additional folder to import from.
+    """
     done = scripts.run(f"{script}.py", *flags, path=path)
     assert done.returncode == 0, done.stderr[-4000:]
 

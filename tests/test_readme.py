@@ -104,6 +104,6 @@ def test_paper_commands_start_frozen_stages_from_trained_weights():
         script, flag = {"train.py": (train, "--init"), "finetune.py": (finetune, "--pretrained")}[script]
         args = script.parse(flags)
         try:
-            cli.check_frozen(args.recipe, getattr(args, flag[2:]), flag)
+            cli.check_frozen_stages(args.recipe, getattr(args, flag[2:]), flag)
         except UserError as error:
             pytest.fail(f"{command}: {error}")

@@ -58,23 +58,25 @@ LIDARSEG_CLASSES = (
 @dataclass(frozen=True)
 class Batch:
     """B samples of N views: the keyframe's cameras (in nuScenes in the order of `CAMERAS`), then, with camera sweeps,
-    those of each camera frame before it, the newest first. N = 0 without images. Images may differ in size.
+    those of each camera sweep before it, the newest first; S times the keyframe's cameras in all. N = 0 without images.
+    Images may differ in size.
 
-    All views are encoded; only those of `keyframe()` are rendered, compared and drawn.
+    All views are encoded and supervise the depth head; only those of `keyframe()` are rendered, compared with the
+    rendering, and shown in pictures.
     """
 
     images: Tensor  # [B, N, 3, H, W] RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32
     image_sizes: Tensor  # [B, N, 2] int64 height, width before padding
-    lidar2image: Tensor  # [B, N, 4, 4] LiDAR meters of the keyframe -> (u*d, v*d, d, 1), pixels of `images`
-    lidar2camera: Tensor  # [B, N, 4, 4] LiDAR meters of the keyframe -> camera meters when the image was taken
+    lidar2image: Tensor  # [B, N, 4, 4] meters (LiDAR frame of the keyframe) -> (u*d, v*d, d, 1), pixels of `images`
+    lidar2camera: Tensor  # [B, N, 4, 4] meters (LiDAR frame of the keyframe) -> meters (camera, when it took the image)
     points: Tensor  # [P, 5] x, y, z meters (LiDAR frame of the keyframe), intensity, seconds before the keyframe
     point_counts: Tensor  # [B] int64, on the host
-    boxes: Tensor  # [M, 9] x, y, z center, w, l, h meters, yaw (of l, from x towards y), vx, vy m/s; LiDAR frame
+    boxes: Tensor  # [M, 9] center x, y, z, w, l, h meters, yaw of l (from x towards y), vx, vy m/s; LiDAR frame
     labels: Tensor  # [M] int64 detection class 0-9, see `CLASSES`
     box_counts: Tensor  # [B] int64, on the host
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored, see `LIDARSEG_CLASSES`; None: no labels
     tokens: tuple[str, ...]  # sample tokens
-    frame_lags: Tensor | None = None  # [B, S] seconds from each camera frame to the keyframe, 0 first; None: S = 1
+    frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ class Batch:
 
     @property
     def frames(self) -> int:
-        """S: number of camera frames, the keyframe included."""
+        """S: 1 + the number of camera sweeps."""
         return 1 if self.frame_lags is None else self.frame_lags.shape[1]
 
     def keyframe(self) -> "Batch":

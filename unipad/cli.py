@@ -84,7 +84,7 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
     return args
 
 
-def run_args(args: A) -> A | None:
+def args_of_run(args: A) -> A | None:
     """The flags of the run that `--config` or `--resume RUN` names; None without either, or for `--resume auto`, which
     needs the run's own flags again.
 
@@ -161,7 +161,7 @@ def _leaves(value):
         yield value
 
 
-def check_frozen(recipe: Recipe, sources: Sequence[Path], flag: str):
+def check_frozen_stages(recipe: Recipe, sources: Sequence[Path], flag: str):
     """Raises `UserError` if the recipe would freeze random weights. sources: the checkpoints given by `flag`."""
     if recipe.camera is not None and recipe.camera.frozen_stages and not sources:
         raise UserError(

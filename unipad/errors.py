@@ -27,8 +27,8 @@ def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] =
 
 
 def check_numbers(value, name: str = ""):
-    """Refuse numbers that make no sense as a setting: infinite, NaN, or too large or small for fp32 and int32
-    (a seed: int64).
+    """Refuse numbers that make no sense as a setting: infinite, NaN, or outside 1e-30 to 1e9 in size,
+    which leaves room to compute in fp32 and int32. A seed may be any int64.
 
     value: a number, tuple or dataclass, whose fields are checked recursively; name: of the field, dotted. Raises
     `UserError`.
@@ -40,7 +40,7 @@ def check_numbers(value, name: str = ""):
         for inner in value:
             check_numbers(inner, name)
     elif isinstance(value, float) and not (value == 0 or 1e-30 < abs(value) < 1e9):  # False for NaN too
-        raise UserError(f"{_flag(name)} {value} is no number to compute with; give one from 1e-30 to 1e9, or 0.")
+        raise UserError(f"{_flag(name)} {value} is out of range; give a number from 1e-30 to 1e9, or 0.")
     elif isinstance(value, int) and abs(value) > (most := 2**63 - 1 if name == "seed" else 10**9):
         raise UserError(f"{_flag(name)} {value} is too large; use at most {most}.")
 
@@ -48,7 +48,7 @@ def check_numbers(value, name: str = ""):
 def check_memory(needed: float, what: str):
     """Raises `UserError` if this machine has less memory than `needed` bytes.
 
-    what: what needs them, with its flag; the message begins with it.
+    what: the beginning of the message: what needs the memory, and the flag that sets it.
     """
     if not hasattr(os, "sysconf"):  # Windows
         return

@@ -62,7 +62,7 @@ class World:
             )
         return batch_size // parts
 
-    def positions(self, index: int, micro_batch: int) -> range:
+    def sample_slots(self, index: int, micro_batch: int) -> range:
         """Positions of this process's `index`-th micro-batch within the batch of the step over all processes."""
         first = (index * self.size + self.rank) * micro_batch
         return range(first, first + micro_batch)

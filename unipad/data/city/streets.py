@@ -14,9 +14,9 @@ import numpy as np
 from unipad.data.city.solids import CATEGORY, SOLID, solid
 
 PITCH = 72.0  # meters from street to street
-STREETS = 7  # streets in each direction on the map; the city continues beyond, but no scene gets there
+STREETS = 7  # streets along x, and as many along y, on the map image; there are more, but no scene gets there
 HALF_ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 m and a parking lane
-LANE_MIDDLE = 1.9  # meters from the center line of the street to the middle of a vehicle in its lane
+DRIVING_LINE = 1.9  # meters from the center line of the street to the middle of a vehicle in its lane
 CURB_RADIUS = 4.0  # meters, at the corners of intersections
 SIDEWALK = 3.5  # meters, its width
 CROSSWALK = (4.5, 7.5)  # begin and end, meters from the edge of the intersection, which is HALF_ROAD from its center
@@ -27,7 +27,10 @@ AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions o
 
 
 class City:
-    """A district of the city of a seed."""
+    """One district of the city of a seed: a street grid of its own, unconnected to the others.
+
+    Small datasets have district 0 only; large ones have a district for every 16 scenes, see `traffic.district_of`.
+    """
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -36,13 +39,14 @@ class City:
         return cls(seed, district)
 
     def __init__(self, seed, district=0):
-        self.seed = (seed, district) if district else (seed,)  # of all random numbers
-        rng = np.random.default_rng([*self.seed, 1])
+        self.seed = (seed, district) if district else (seed,)  # what the seeds of all random generators begin with
+        rng = np.random.default_rng([*self.seed, 1])  # 1, and 2 in `block`: numbers of the random streams
         self.phase = rng.uniform(0, 2 * np.pi, 2)
-        # fractions of blocks that are parks, and of places for trees that have one; floors per floor of district 0
-        self.parks, self.trees, self.floors = 0.15, 0.7, 1.0
+        # fraction of blocks that are parks; of places for a tree that have one; factor of the number of floors
+        self.park_fraction, self.tree_fraction, self.floors_factor = 0.15, 0.7, 1.0
         if district:
-            self.parks, self.trees, self.floors = rng.uniform(0, 0.4), rng.uniform(0.2, 1), rng.uniform(0.5, 2)
+            self.park_fraction, self.tree_fraction = rng.uniform(0, 0.4), rng.uniform(0.2, 1)
+            self.floors_factor = rng.uniform(0.5, 2)
 
     def to_grid(self, x, y):
         """World x, y ([n] each) to grid x, y, where streets are straight; meters."""
@@ -69,7 +73,7 @@ class City:
         """The ground at world points x, y: [n] float32.
 
         Returns:
-            category:    [n] uint8 lidarseg index.
+            category:    [n] uint8 index into `solids.CATEGORIES`.
             mark:        [n] uint8 NO_MARK, WHITE, YELLOW or CURB.
             behind_curb: [n] meters from the curb into the block, negative on the road.
         """
@@ -101,12 +105,12 @@ class City:
         mark = np.select(conditions, [NO_MARK, CURB, WHITE, YELLOW], NO_MARK)
         return category, mark.astype(np.uint8), behind_curb
 
-    @cache  # noqa: B019 (a process holds one city)
+    @cache  # noqa: B019 (a process makes blocks of few districts, so it may keep them)
     def block(self, column, row):
         """SOLID array of the block between streets `column`, `column` + 1 and `row`, `row` + 1."""
         rng = np.random.default_rng([*self.seed, 2, column + 99, row + 99])  # + 99, since seeds must not be negative
         solids = []
-        is_park = rng.random() < self.parks
+        is_park = rng.random() < self.park_fraction
         usual_wall = rng.integers(len(WALLS))  # the color of most houses: neighbors look alike
         for side in range(4):  # counter-clockwise, with the block on the left of the street
             origin = (np.array([column, row]) + [(0, 0), (1, 0), (1, 1), (0, 1)][side]) * PITCH
@@ -117,14 +121,15 @@ class City:
                     solids += tree(rng, spot)
                 continue
             along = HALF_ROAD + SIDEWALK + 4  # meters from `origin` to the near end of the next house
-            # 38 m: the next side's houses reach up to 27.5 m from its street's center line; 10.5 m: this house, roughly
+            # The last house begins 38 m before the next side's street: that side's houses reach 27.5 m from its center
+            # line, and 10.5 m are left for most of this one.
             while along < PITCH - 38:
-                width, deep = rng.uniform(9, 15), rng.uniform(9, 12)
+                length, width = rng.uniform(9, 15), rng.uniform(9, 12)  # along the street, and away from it
                 front = HALF_ROAD + SIDEWALK + rng.uniform(3.5, 5)
-                spot = self.street_pose(origin, side, along + width / 2, front + deep / 2)
+                spot = self.street_pose(origin, side, along + length / 2, front + width / 2)
                 wall = WALLS[usual_wall if rng.random() < 0.5 else rng.integers(len(WALLS))]
-                solids += house(rng, spot, (width, deep), wall, self.floors)
-                along += width + rng.uniform(1, 5)
+                solids += house(rng, spot, (length, width), wall, self.floors_factor)
+                along += length + rng.uniform(1, 5)
         return np.array(solids, dtype=SOLID)
 
     def _furniture(self, rng, origin, side):
@@ -132,7 +137,7 @@ class City:
         solids = []
         # `along`: meters from the center of the intersection at `origin`
         for along in np.arange(HALF_ROAD + 9, PITCH - HALF_ROAD - 9, 9.0):  # trees on the sidewalk, hedges behind it
-            if rng.random() < self.trees:
+            if rng.random() < self.tree_fraction:
                 solids += tree(rng, self.street_pose(origin, side, along + rng.uniform(-2, 2), HALF_ROAD + 2.9))
             if rng.random() < 0.5:
                 x, y, yaw = self.street_pose(origin, side, along + rng.uniform(-4, 4), HALF_ROAD + SIDEWALK + 1.2)
@@ -162,11 +167,12 @@ def tree(rng, spot):
     x, y, yaw = spot
     leaf_color = LEAVES[rng.integers(len(LEAVES))]
     trunk_height = rng.uniform(2.2, 3.2)
-    stem = solid((x, y, 0), yaw, (0.35, 0.35, trunk_height + 1), "plain", BARK, "static.vegetation", (0.02, 0.02, 0.02))
+    stem = solid((x, y, 0), yaw, (0.35, 0.35, trunk_height + 1), "plain", BARK, "static.vegetation", taper=(0.02,) * 3)
     if rng.random() < 0.25:  # a conifer
         wide, high = rng.uniform(2.2, 3.2), rng.uniform(5, 8)
-        lean = (wide / 2 / high,) * 3  # to a point
-        return [stem, solid((x, y, 0.9), yaw, (wide, wide, high), "foliage", LEAVES[2], "static.vegetation", lean)]
+        taper = (wide / 2 / high,) * 3  # to a point
+        size = (wide, wide, high)
+        return [stem, solid((x, y, 0.9), yaw, size, "foliage", LEAVES[2], "static.vegetation", taper=taper)]
     size = (rng.uniform(2.6, 4.4), rng.uniform(2.6, 4.4), rng.uniform(3, 5))
     return [stem, solid((x, y, trunk_height), yaw, size, "foliage", leaf_color, "static.vegetation", is_round=True)]
 
@@ -181,12 +187,12 @@ def house(rng, spot, footprint, wall, floors_factor):
     wall = tuple(c * rng.uniform(0.85, 1.1) for c in wall)
     gabled = rng.random() < 0.45
     floors = max(1, round(floors_factor * (rng.integers(1, 4) if gabled else rng.integers(3, 8))))
-    height = 3.1 * floors + 0.6  # stories as in `paint._facade`
+    height = 3.1 * floors + 0.6  # 3.1 m per floor, as the windows in `paint._facade`
     walls = solid((x, y, 0), yaw, (*footprint, height), "facade", wall, "static.manmade")
     roof = ROOFS[rng.integers(len(ROOFS))]
     if gabled:  # the side faces meet in a ridge
         rise = footprint[1] * 0.4
-        size, lean = (footprint[0] + 0.6, footprint[1] + 0.8, rise), (0, 0, (footprint[1] + 0.8) / 2 / rise)
+        size, taper = (footprint[0] + 0.6, footprint[1] + 0.8, rise), (0, 0, (footprint[1] + 0.8) / 2 / rise)
     else:
-        size, lean = (footprint[0] + 0.4, footprint[1] + 0.4, 0.5), (0, 0, 0)
-    return [walls, solid((x, y, height), yaw, size, "plain", roof, "static.manmade", lean)]
+        size, taper = (footprint[0] + 0.4, footprint[1] + 0.4, 0.5), (0, 0, 0)
+    return [walls, solid((x, y, height), yaw, size, "plain", roof, "static.manmade", taper=taper)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unipad.data.city.solids import SOLID, solid
-from unipad.data.city.streets import AXES, CROSSWALK, HALF_ROAD, LANE_MIDDLE, PITCH, STREETS, City
+from unipad.data.city.streets import AXES, CROSSWALK, DRIVING_LINE, HALF_ROAD, PITCH, STREETS, City
 
 # meters from the ego vehicle up to which the sensors see houses, and all other solids
 HOUSE_VIEW_DISTANCE, VIEW_DISTANCE = 140.0, 90.0
@@ -377,7 +377,7 @@ class Scene:
         rng, ego = self.rng, self.ego
         self._add("car", ego.path, ego.start + rng.uniform(13, 18), ego.speed)
         self._add("motorcyclist", ego.path, ego.start - rng.uniform(8, 11), ego.speed)
-        edge = self._lane_path(self.heading, ["straight"] * 3, left=-LANE_MIDDLE - 1.45)
+        edge = self._lane_path(self.heading, ["straight"] * 3, left=-DRIVING_LINE - 1.45)
         self._add_at_random("cyclist", lambda: edge, start=(ego.start + 4, ego.start + 18), speed=(3.0, 5.0), gap=0.3)
         for _ in range(9):
             kind = rng.choice(["car", "truck", "bus", "motorcyclist"], p=[0.7, 0.1, 0.07, 0.13])
@@ -394,7 +394,7 @@ class Scene:
             if self._add(kind, make_path(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
                 break
 
-    def _lane_path(self, heading, turns, left=-LANE_MIDDLE):
+    def _lane_path(self, heading, turns, left=-DRIVING_LINE):
         """Path along a lane, `left` meters to the left of the street's center line, from one street before the
         intersection. Turns begin and end 9.5 m from the centers of intersections. heading: index into AXES."""
         node, k, points = self.node.astype(float), heading, []  # k: heading on arrival at `node`

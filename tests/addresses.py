@@ -24,7 +24,7 @@ KNOWN_SMALL = {
         "block // (along_x * along_y)": "block index within a slice, less than the number of programs",
     },
     "pixel_sum.py": {
-        "cell = p - up * w": "0 or the width of an image: `up` is 0 or 1",
+        "quad = p - up * w": "0 or the width of an image: `up` is 0 or 1",
         "hit // V // N % B * V + hit % V": "voxel index; lift asserts voxels < 2^31",
     },
     "rotated_iou.py": {"word * 32 + k": "box index"},

@@ -96,6 +96,7 @@ def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, densit
     On average, a third of the samples have no voxel around them. density_param: NeuS's inv_s, or VolSDF's beta.
     """
     rgb_conditions = 3 + channels + 3 + hidden  # direction, feature, gradient, geometry
+    rgb_mlp = random_mlp(rgb_conditions, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
         origins=torch.randn(R, 3) * 0.05,
@@ -104,7 +105,7 @@ def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, densit
         hit=torch.arange(R) != 3,
         edges=(torch.rand(R, S + 1) * 1.3).sort(dim=1).values,
         sdf_mlp=random_mlp(channels, 1 + hidden, hidden, sdf_layers),  # outputs: distance, geometry
-        rgb_mlp=random_mlp(rgb_conditions, 3, hidden, rgb_layers) if rgb_layers else None,
+        rgb_mlp=rgb_mlp,
         density_param=torch.tensor([density_param]),
         cells_per_unit=CELLS_PER_UNIT,
         cell_offset=CELL_OFFSET,

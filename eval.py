@@ -94,7 +94,7 @@ class Args:
     dataset: str | None = None  # package.module:Class; None: the run's; code outside unipad.data must be named here
     out: Path | None = None  # folder of the results, whose files are overwritten; None: eval in the run's folder
     batch_size: int = 1  # samples per batch and process
-    workers: int | None = None  # data loading processes per process; None: 4 with a GPU, 1 without
+    workers: int | None = None  # data loading processes per process; None: up to 4 with a GPU, 1 without
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible results on a GPU too, with slower kernels
@@ -249,7 +249,7 @@ def drawn_frames(args, model, dataset, predictions):
     drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
         if batch.tokens[0] in predictions:  # absent where the model's own dataset lacks the frame or cannot read it
-            yield i, batch
+            yield i, batch.to("cpu")
 
 
 def tta_transforms(args, task):

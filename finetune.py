@@ -70,7 +70,7 @@ class Args:
     steps: int | None = None  # optimizer steps of the schedule; None: from --epochs
     stop_at: int | None = None  # save and stop at this step, with the schedule unchanged; None: the last
     accumulate: int = 1  # micro-batches per step and process, to save memory
-    workers: int | None = None  # data loading processes per training process; None: 4 with a GPU, 1 without
+    workers: int | None = None  # data loading processes per training process; None: up to 4 with a GPU, 1 without
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N

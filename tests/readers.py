@@ -142,7 +142,7 @@ def read_city(folder: Path, with_losses: bool = False) -> Readout:
             if with_losses:
                 samples.append(cropped.read(i, np.random.default_rng(0)))
     if with_losses and samples and not readout.faults:
-        batch = collate(samples)
+        batch = collate(samples).to("cpu")
         for net in models():
             with torch.no_grad():
                 losses = net(batch, generators(seed=0, step=0, positions=range(len(batch)), device="cpu"))

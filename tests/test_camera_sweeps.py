@@ -342,7 +342,7 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=2, image_size=SIZE))
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8, lidar_per_view=8))
     dataset = NuScenesDataset(city, VERSION, "mini_val", recipe.data)
-    net, batch = Pretrain(recipe), collate([dataset[1]])
+    net, batch = Pretrain(recipe), collate([dataset[1]]).to("cpu")
     rays = []
     net.renderer.register_forward_hook(lambda module, args, out: rays.append(args[1]))
     losses, _ = net(batch, generators(0))

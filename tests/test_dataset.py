@@ -84,7 +84,7 @@ def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     for step, (batch, bad_frames) in zip(range(2), step_batches(dataset, micro_batch=2), strict=False):
         assert set(batch.tokens) <= {"toy-0", "toy-1"}
         assert all(bad == f"{tmp_path / '2.npy'}: is missing" for bad in bad_frames)
-        losses, _ = net(batch, generators(seed=0, step=step, positions=range(2), device="cpu"))
+        losses, _ = net(batch.to("cpu"), generators(seed=0, step=step, positions=range(2), device="cpu"))
         loss = sum(losses.values())
         assert loss.isfinite()
         loss.backward()
@@ -95,7 +95,7 @@ def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     val_set = toy(tmp_path, "any", val_split, recipe.data, point_range=point_range)
     ((_, batch),) = held_out_batches(val_set, count=1)
     assert batch.tokens == ("toy-0",)
-    assert rendered_views(net, batch, generators=None, stride=16).shape[2] == 3  # an RGB picture
+    assert rendered_views(net, batch.to("cpu"), generators=None, stride=16).shape[2] == 3  # an RGB picture
     assert [bad for _, bad in all_batches(val_set)] == [[], [], [f"{tmp_path / '2.npy'}: is missing"]]
 
 

@@ -88,6 +88,7 @@ def test_detections_are_drawn_in_the_colors_of_their_classes(cameras, city):
     """Unless their score is below `min_score`, which is 0.3 by default."""
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_val", Data(cameras=cameras))
     _, batch = next(held_out_batches(dataset, 1))
+    batch = batch.to("cpu")
     scores = torch.full((len(batch.boxes),), 0.2)
     without = detection_views(batch, Detections(batch.boxes, scores, batch.labels))
     with_boxes = detection_views(batch, Detections(batch.boxes, scores, batch.labels), min_score=0.1)

@@ -59,7 +59,7 @@ def step(modality, city, world):
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=point_range)
     samples = 2 // world.size
     batch, _ = next(step_batches(dataset, samples, rank=world.rank, world=world.size))
-    first = world.rank * samples
+    batch, first = batch.to("cpu"), world.rank * samples
     losses = {}
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)

@@ -115,7 +115,7 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
         scaled = np.diag([w / 128, h / 72, 1, 1]) @ original.lidar2image[source_view]
         np.testing.assert_allclose(sample.lidar2image[view], scaled, rtol=1e-5, atol=1e-3)
 
-    batch = collate([dataset[0], sample])
+    batch = collate([dataset[0], sample]).to("cpu")
     H, W = (max(size[i] for _, size, _ in cameras.values()) for i in range(2))
     assert batch.images.shape[-2:] == (-(-H // 32) * 32, -(-W // 32) * 32)  # padded to multiples of 32
     assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
@@ -141,7 +141,7 @@ def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
     objects = load_objects(dataset, Paste())
     assert set(objects.pictures[:, 1]) <= set(range(5)) and len(objects.pictures)  # column 1: the view
     rng = np.random.default_rng(0)
-    batch = collate([dataset.with_objects(objects).read(i, rng) for i in range(2)])
+    batch = collate([dataset.with_objects(objects).read(i, rng) for i in range(2)]).to("cpu")
     net = Pretrain(recipe)
     losses, _ = net(batch, generators(0, 1))
     sum(losses.values()).backward()

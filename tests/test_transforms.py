@@ -131,7 +131,7 @@ def test_points_keep_their_pixels(sample, transform):
 
 @every_transform
 def test_rays_end_on_the_transformed_points(sample, transform):
-    batch = collate([apply_transform(sample, transform)])
+    batch = collate([apply_transform(sample, transform)]).to("cpu")
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])
     indices = [view.nonzero()[:50, 0] for view in visible]  # of at most 50 visible points, per view

@@ -63,9 +63,13 @@ class Batch:
 
     All views are encoded and supervise the depth head; only those of `keyframe()` are rendered, compared with the
     rendering, and shown in pictures.
+
+    As collated, images are uint8, 0 to 255, as they were decoded; models and pictures need the batch that `to` returns.
     """
 
-    images: Tensor  # [B, N, 3, H, W] RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32
+    # [B, N, C, H, W] fp32 RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32; in memory, C is last.
+    # C = 3, or 0 where no loss reads pixels and none were decoded
+    images: Tensor
     image_sizes: Tensor  # [B, N, 2] int64 height, width before padding
     lidar2image: Tensor  # [B, N, 4, 4] meters (LiDAR frame of the keyframe) -> (u*d, v*d, d, 1), pixels of `images`
     lidar2camera: Tensor  # [B, N, 4, 4] meters (LiDAR frame of the keyframe) -> meters (camera, when it took the image)
@@ -94,11 +98,15 @@ class Batch:
         return replace(self, **{name: getattr(self, name)[:, views] for name in of_views}, frame_lags=None)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on `device`; from pinned memory the copies overlap with the host's work.
+        """The batch on `device`, its images in [0, 1]; from pinned memory the copies overlap with the host's work.
 
         The counts stay on the host, where they are used to slice the other fields.
         """
         moved = {k: t.to(device, non_blocking=True) for k, t in self._tensors().items() if not k.endswith("_counts")}
+        if moved["images"].dtype == torch.uint8:  # divided here, so that a pixel crosses the bus as 3 bytes, not 12
+            images = moved["images"].float()
+            # by a tensor: a GPU multiplies by the reciprocal of a number instead, and rounds differently
+            moved["images"] = images.div_(images.new_full((), 255))
         return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":

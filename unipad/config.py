@@ -316,11 +316,20 @@ class Recipe:
     lidar: LidarConfig | UnetConfig | None = None
     optim: Optim = field(default_factory=Optim)
 
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether an encoder or a loss reads the pixels of training images."""
+        return self.camera is not None
+
 
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
     rays: RayChoice = field(default_factory=RayChoice)
     render: Render = field(default_factory=Render)
+
+    @property
+    def reads_pixels(self):
+        return self.camera is not None or self.render.rgb_weight > 0
 
 
 @dataclass(frozen=True)

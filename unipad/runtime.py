@@ -49,8 +49,13 @@ class World:
             _broadcast(None, self)
 
     def workers(self, asked: int | None) -> int:
-        """Data loading processes per process: what was asked for, or 4 with a GPU and 1 without."""
-        return asked if asked is not None else 4 if self.device.type == "cuda" else 1
+        """Data loading processes per process: what was asked for; else 1 on a CPU, and with a GPU 4, or as many as
+        leave every training process of this machine a core of its own, but at least 1."""
+        if asked is not None:
+            return asked
+        if self.device.type != "cuda":
+            return 1
+        return max(1, min(4, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
     def micro_batch(self, batch_size: int, accumulate: int) -> int:
         """Samples per micro-batch: a step has `accumulate` micro-batches in every process. Raises `UserError`."""
@@ -66,6 +71,11 @@ class World:
         """Positions of this process's `index`-th micro-batch within the batch of the step over all processes."""
         first = (index * self.size + self.rank) * micro_batch
         return range(first, first + micro_batch)
+
+
+def _usable_cores():
+    """Cores that this process may use: a Slurm job often gets only some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Process groups. Gloo's destructor waits for a thread that may wait for the GIL. Python's own reference is dropped

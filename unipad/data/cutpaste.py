@@ -101,7 +101,9 @@ class Objects:
         return None
 
     def _painted(self, sample, view, chosen):
-        """The sample's image of `view` with the `chosen` objects pasted into it."""
+        """The sample's image of `view` with the `chosen` objects pasted into it; as it is if it has no pixels."""
+        if not sample.images[view].size:
+            return sample.images[view]
         image, own = sample.images[view].copy(), len(sample.boxes)
         boxes = _at_image_time(sample, view, np.concatenate([sample.boxes, self.boxes[chosen]]))
         rows, rectangles = visible_rectangles(boxes, sample.lidar2image[view], image.shape[:2])
@@ -127,7 +129,8 @@ def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Obj
     frames) or `paste.min_points` change. Frames that cannot be read are reported on stderr and left out.
     Raises `DataError` if there is no object, or if the files can be written nowhere.
     """
-    settings = _digest(f"{FORMAT} {dataset.data} {paste.min_points} {dataset.frames.tolist()}")
+    data = replace(dataset.data, cameras=dataset.data.cameras and dataset.pixels)  # without pixels, no pictures are cut
+    settings = _digest(f"{FORMAT} {data} {paste.min_points} {dataset.frames.tolist()}")
     name = f"{dataset.version}-{dataset.split}-objects-{settings}"
     tables = _digest(dataset.fingerprint())
     paths = cache_paths(dataset.root, f"{name}-{tables}.npz")
@@ -261,6 +264,8 @@ def cut_out(sample: Sample, min_points: int) -> list[Cut]:
     inside = points_in_boxes(sample.points, sample.boxes)
     enough = inside.sum(axis=1) >= min_points
     for view, image in enumerate(sample.images):
+        if not image.size:  # its pixels were not read
+            continue
         boxes = _at_image_time(sample, view, sample.boxes)
         for row, (left, top, right, bottom) in zip(
             *visible_rectangles(boxes, sample.lidar2image[view], image.shape[:2]), strict=True

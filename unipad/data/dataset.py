@@ -40,7 +40,7 @@ class Sample:
     of the S - 1 camera frames before it, the newest first. Any number of cameras; N and S are the same in all samples;
     N = 0 without images.
 
-    images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
+    images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ. [h, w, 0] where pixels are not read.
     lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
     lidar2camera: [N, 4, 4] float32 LiDAR -> camera (x right, y down, z forward) when the image was taken; rigid as
                   loaded, but augmentation may scale and flip.
@@ -86,6 +86,8 @@ class DrivingDataset(torch.utils.data.Dataset):
     """
 
     default_version = ""  # the version without --version
+    # False: no loss reads pixels, so `load` may return images of [h, w, 0]; see `without_pixels`.
+    pixels = True
     # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. Metrics are the
     # nuScenes devkit's, so a dataset that names a task also needs nuScenes' tables in its root and an attribute
     # `index`, a `unipad.data.index.Index`.
@@ -182,6 +184,9 @@ class DrivingDataset(torch.utils.data.Dataset):
     ) -> tuple["DrivingDataset", "DrivingDataset"]:
         """The training set, with the recipe's augmentation, and the validation set; both as `recipe.data` says.
 
+        If no loss of the recipe reads pixels, the training set is `without_pixels`; the pictures of a validation show
+        images, so its set has them.
+
         Raises `DataError` where a camera encoder has no images, and what the constructor and `train_val_splits` raise.
         """
         train, val = cls.train_val_splits(root, version)
@@ -190,7 +195,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         val_set = cls(root, version, val, recipe.data, point_range=point_range)
         if recipe.camera is not None and not cls.has_images(root, version, train):
             raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
-        return train_set, val_set
+        return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
 
     def __len__(self):
         return len(self.frames)
@@ -212,6 +217,12 @@ class DrivingDataset(torch.utils.data.Dataset):
             sample = _crop_points(sample, *self.point_range)
             sample = sample if rng is None else _crop_boxes(sample, *self.point_range)
         return sample
+
+    def without_pixels(self) -> "DrivingDataset":
+        """This dataset where no loss reads pixels: `load` opens no image, and gives only its size, which rays need."""
+        dataset = copy.copy(self)
+        dataset.pixels = False
+        return dataset
 
     def with_objects(self, objects) -> "DrivingDataset":
         """This dataset with a `cutpaste.Objects` from which `read` pastes objects into samples."""
@@ -262,15 +273,16 @@ def check_recorded(name: str, run: Path):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples to a `Batch` on the CPU; images are padded at the right and bottom to one size, a multiple of 32."""
+    """Samples to a `Batch` on the CPU, with uint8 images, padded at the right and bottom to a multiple of 32."""
     views = len(samples[0].images)
     sizes = [image.shape[:2] for s in samples for image in s.images]
     sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
     H, W = (-(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32 for i in range(2))
-    images = torch.zeros(len(samples), views, 3, H, W)
+    channels = samples[0].images[0].shape[2] if views else 3
+    images = np.zeros((len(samples), views, H, W, channels), np.uint8)
     for sample, padded in zip(samples, images, strict=True):
         for image, view in zip(sample.images, padded, strict=True):
-            view[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
+            view[: image.shape[0], : image.shape[1]] = image
 
     def stack(name):
         return torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
@@ -280,7 +292,7 @@ def collate(samples: list[Sample]) -> Batch:
 
     labeled = all(s.point_labels is not None for s in samples)
     return Batch(
-        images=images.div_(255),
+        images=torch.from_numpy(images).permute(0, 1, 4, 2, 3),
         image_sizes=sizes,
         lidar2image=stack("lidar2image"),
         lidar2camera=stack("lidar2camera"),

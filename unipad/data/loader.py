@@ -100,9 +100,13 @@ def _check_batch_size(dataset, size, workers):
     # smaller batches are assumed to fit, so that no frame is read here
     sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
-        sample_bytes = sum(4 * image.size for image in sample.images) + sample.points.nbytes  # images become fp32
-        # PyTorch's loader prefetches two batches per worker
-        check_memory(sample_bytes * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")
+        image_bytes = sum(image.nbytes for image in sample.images)
+        waiting = (image_bytes + sample.points.nbytes) * (1 + PREFETCH * workers)
+        # 4: the images of the batch in use are fp32, on a CPU in the same memory
+        check_memory(size * (waiting + 4 * image_bytes), f"loading with --batch-size, {size} samples per process,")
+
+
+PREFETCH = 2  # batches per worker that are loaded ahead and wait in shared memory; PyTorch's default
 
 
 class ReadableFrames(Dataset):
@@ -144,6 +148,7 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
                 batch_size=None,  # an item is a whole batch already
                 sampler=upcoming(),
                 num_workers=workers,
+                prefetch_factor=PREFETCH if workers else None,
                 worker_init_fn=init_worker,
                 pin_memory=pinned,
                 generator=torch.Generator(),  # else the loader would draw from the global one, which training uses

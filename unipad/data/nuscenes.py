@@ -112,8 +112,9 @@ class NuScenesDataset(DrivingDataset):
         index = self.index
         files, sizes, intrinsics, lidar2camera = self._views(frame)
         images, scales = [], np.empty((len(files), 4, 4))
+        read = self._read_image if self.pixels else self._image_without_pixels
         for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
-            image, scales[view] = self._read_image(file, *size.tolist())
+            image, scales[view] = read(file, *size.tolist())
             images.append(image)
         clouds = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
@@ -195,6 +196,11 @@ class NuScenesDataset(DrivingDataset):
         if (H, W) != (h, w):
             image = cv2.resize(image, (W, H), interpolation=cv2.INTER_AREA if H * W < h * w else cv2.INTER_LINEAR)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.diag([W / width, H / height, 1, 1])
+
+    def _image_without_pixels(self, name, height, width):
+        """What `_read_image` returns, but [H, W, 0], without opening the file: as if it had the size in the tables."""
+        H, W = self.data.image_size or (height, width)
+        return np.empty((H, W, 0), np.uint8), np.diag([W / width, H / height, 1, 1])
 
     def _path(self, name):
         return self.root / name.decode()

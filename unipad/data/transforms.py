@@ -81,26 +81,34 @@ def photometric_distortion(sample, rng: np.random.Generator):
 
 
 def _distort(image, rng):
-    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before or after saturation and hue."""
-    pixels = image.astype(np.float32)
+    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before or after saturation and hue.
+
+    An image without pixels, [h, w, 0], draws the same random numbers."""
     brightness = rng.uniform(-32, 32) if _coin(rng) else 0.0  # of 0-255
     contrast_first = _coin(rng)
     contrast = rng.uniform(0.5, 1.5) if _coin(rng) else 1.0
     saturation = rng.uniform(0.5, 1.5) if _coin(rng) else 1.0
     hue = rng.uniform(-18, 18) if _coin(rng) else 0.0  # degrees
+    order = rng.permutation(3) if _coin(rng) else None  # of the channels
+    if not image.size:
+        return image
+    pixels = image.astype(np.float32)
     pixels += brightness
     if contrast_first:
         pixels *= contrast
     if saturation != 1 or hue != 0:
         hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # H in degrees, S in [0, 1], V in 0-255
-        hsv[..., 0] = (hsv[..., 0] + hue) % 360
+        if hue != 0:
+            turned = hsv[..., 0] + hue
+            turned[turned < 0] += 360  # the remainder by 360, in a third of the time of %
+            turned[turned >= 360] -= 360
+            hsv[..., 0] = turned
         hsv[..., 1] *= saturation
-        pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, pixels)
     if not contrast_first:
         pixels *= contrast
-    if _coin(rng):
-        pixels = pixels[..., rng.permutation(3)]
-    return np.rint(pixels.clip(0, 255)).astype(np.uint8)
+    image = cv2.add(pixels, 0, dtype=cv2.CV_8U)  # rounds to even and clips, in one pass
+    return image if order is None else cv2.merge([image[..., channel] for channel in order])
 
 
 def _coin(rng):
@@ -108,11 +116,18 @@ def _coin(rng):
 
 
 def _masked_by_grid(images, rng):
-    """The images, [h, w, 3] uint8 each, all masked by the same grid."""
+    """The images, [h, w, 3] uint8 each (or without pixels, [h, w, 0]), all masked by the same grid."""
     height = min(_padded(image.shape[0]) for image in images)  # a longer period could hide all of the smallest image
     period = rng.integers(2, height)
     top, left = rng.integers(period, size=2)
-    return [np.where(_grid_of(image, period, top, left)[..., None], image, HIDDEN_COLOR) for image in images]
+    return [_masked(image, _grid_of(image, period, top, left)) if image.size else image for image in images]
+
+
+def _masked(image, visible):
+    """The image, [h, w, 3] uint8, with `HIDDEN_COLOR` where `visible`, [h, w] bool, is False."""
+    masked = np.empty_like(image)
+    masked.reshape(len(image), -1)[:] = np.tile(HIDDEN_COLOR, image.shape[1])  # whole rows, faster than pixels
+    return cv2.copyTo(image, visible.astype(np.uint8), masked)
 
 
 def _grid_of(image, period, top, left):

@@ -102,6 +102,7 @@ class Encoder(nn.Module):
         """The images' volume and depths, as in `Encoded`; puts the mask into `masks`."""
         cfg, mask = self.recipe.camera, None
         B, N, _, H, W = batch.images.shape
+        assert batch.images.is_floating_point(), "the images of a batch are divided by `Batch.to`"
         frames = self.recipe.data.camera_sweeps
         assert batch.frames == frames, f"the batch has {batch.frames} frames of images, the recipe {frames}"
         if masked:

@@ -23,7 +23,7 @@ class Rays:
     origins: Tensor  # [R, 3] camera centers, or the LiDAR
     directions: Tensor  # [R, 3] unit vectors
     depth: Tensor  # [R] distance along the ray to the LiDAR point, -1: unknown
-    rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]; 0 for rays from the LiDAR
+    rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]; 0 for rays from the LiDAR; [R, 0] in a batch without pixels
     volume_idx: Tensor  # [R] int32 the sample whose volume the ray crosses
 
     def __len__(self) -> int:
@@ -184,6 +184,7 @@ def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
     ends = _transform(_inverse(batch.lidar2image[sample]), torch.cat([chosen[..., :2] * z, z], dim=-1))  # [N, K, 3]
     origins = _inverse(batch.lidar2camera[sample])[:, None, :3, 3].expand_as(ends)
     distance = (ends - origins).norm(dim=-1)
+    assert batch.images.is_floating_point(), "the images of a batch are divided by `Batch.to`"
     u, v = chosen[..., :2].long().unbind(-1)
     view = torch.arange(N, device=chosen.device)[:, None]
     rays = Rays(

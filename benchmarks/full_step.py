@@ -76,6 +76,7 @@ class Step:
         box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)
         split, _ = NuScenesDataset.train_val_splits(root, version)
         data = NuScenesDataset(root, version, split, recipe.data, point_range=box)
+        data = data if recipe.reads_pixels else data.without_pixels()
         self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last frame has sweeps before it
         torch.manual_seed(0)
         with torch.device(DEVICE):

@@ -86,7 +86,7 @@ def dry_step(step, scene=0):
         net = to_gpu(net)
         batch = make_batch(recipe, scene)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
-            losses = net(batch, [Generator() for _ in range(len(batch))])
+            losses = net(batch.to(CUDA), [Generator() for _ in range(len(batch))])
         losses = losses[0] if model is Pretrain else losses  # `Pretrain` returns (losses, missed rays)
         backward(sum(losses.values()))
         torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip)
@@ -118,7 +118,8 @@ def _shallow(recipe):
 
 
 def make_batch(recipe, scene):
-    """A batch of the recipe's size on the GPU, with about as many points and boxes as in nuScenes.
+    """A batch of the recipe's size on the GPU, before `Batch.to` divides its images, with about as many points and
+    boxes as in nuScenes.
 
     The numbers of points and boxes differ between samples and between scenes.
     """
@@ -132,7 +133,7 @@ def make_batch(recipe, scene):
         return torch.zeros(shape, dtype=dtype, device=CUDA)
 
     return Batch(
-        images=on_gpu(B, views, 3, H, W),
+        images=on_gpu(B, views, H, W, 3 if recipe.reads_pixels else 0, dtype=torch.uint8).permute(0, 1, 4, 2, 3),
         image_sizes=on_gpu(B, views, 2, dtype=torch.int64),
         lidar2image=on_gpu(B, views, 4, 4),
         lidar2camera=on_gpu(B, views, 4, 4),

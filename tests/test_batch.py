@@ -9,7 +9,7 @@ import torch
 from unipad.batch import CAMERAS
 from unipad.data import loader
 from unipad.data.dataset import BadFrame, DataError, Sample, collate
-from unipad.data.loader import held_out_batches, step_batches
+from unipad.data.loader import held_out_batches, load_items, step_batches
 
 
 def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
@@ -123,6 +123,14 @@ def test_the_stream_does_not_touch_the_global_random_generator():
     state = torch.get_rng_state()
     tokens_of(3, count=1, micro_batch=1, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_worker_loads_at_most_two_batches_ahead():
+    """They wait in shared memory, so their number bounds it."""
+    begun = []
+    keys = (begun.append(i) or i for i in range(50))
+    loaded = load_items(range(50), keys, workers=2)
+    assert next(loaded) == 0 and len(begun) <= 1 + 2 * 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

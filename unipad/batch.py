@@ -103,10 +103,10 @@ class Batch:
         The counts stay on the host, where they are used to slice the other fields.
         """
         moved = {k: t.to(device, non_blocking=True) for k, t in self._tensors().items() if not k.endswith("_counts")}
-        if moved["images"].dtype == torch.uint8:  # divided here, so that a pixel crosses the bus as 3 bytes, not 12
-            images = moved["images"].float()
+        images = moved["images"]
+        if images.dtype == torch.uint8:  # divided here, so that a pixel crosses the bus as 3 bytes, not 12
             # by a tensor: a GPU multiplies by the reciprocal of a number instead, and rounds differently
-            moved["images"] = images.div_(images.new_full((), 255))
+            moved["images"] = images / images.new_full((), 255, dtype=torch.float32)
         return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":

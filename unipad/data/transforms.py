@@ -101,7 +101,7 @@ def _distort(image, rng):
         hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # H in degrees, S in [0, 1], V in 0-255
         if hue != 0:
             turned = hsv[..., 0] + hue
-            turned[turned < 0] += 360  # the remainder by 360, in a third of the time of %
+            turned[turned < 0] += 360  # the remainder by 360, faster than by %
             turned[turned >= 360] -= 360
             hsv[..., 0] = turned
         hsv[..., 1] *= saturation

@@ -6,6 +6,8 @@
         --preset lidar-0.075-ablation --pretrained RUN --arms scratch pretrained --fractions 0.2 --steps 7000 --gpus 4
     python -m benchmarks.label_efficiency --figure docs/label_efficiency.png         # draw all results so far
 
+Give --flags and --pretrain-flags with an equals sign: --flags="--lr 1e-3 --workers 0".
+
 Pre-trains once on all training frames (or takes --pretrained). Then, for each label fraction, seed and number of steps,
 it fine-tunes the arms of the experiment:
 
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -106,25 +109,12 @@ class Row:
 def main(args: Args):
     file = args.out / "results.csv"
     if args.figure:
-        draw(read_rows(file), args.figure)
+        rows = [row for row in read_rows(file) if row.variant == "default" and row.split == "val"]
+        draw(rows, args.figure)
+        draw_frame(args.out, rows, args.figure.with_stem(f"{args.figure.stem}_frame"))
         return
-    for script_flags in (args.flags, args.pretrain_flags):
-        if "--seed" in script_flags.split() or "--steps" in script_flags.split():
-            raise UserError("--seed and --steps do not go into --flags or --pretrain-flags; use --seeds and --steps.")
-    folder = args.out / (args.modality if args.task == "detect" else args.task) / args.variant
-    cases = [case[::-1] for case in product(args.steps, args.seeds, args.fractions, args.arms)]
-    rows = [row for row in read_rows(file) if is_of(args, row)]
-    others = {row.flags for row in rows} - {args.flags}
-    if others:
-        raise UserError(
-            f"{file} has runs of --variant {args.variant} with --flags '{others.pop()}'; name a new variant."
-        )
-    done = {row.case for row in rows}
-    missing = [
-        (arm, fraction, seed, steps)
-        for arm, fraction, seed, steps in cases
-        if (args.split, arm, fraction, seed, steps) not in done
-    ]
+    missing = missing_cases(args, read_rows(file))
+    folder = variant_folder(args.out, args)
     if missing:
         prepare(args, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -143,6 +133,34 @@ def main(args: Args):
             raise
     rows = [row for row in read_rows(file) if is_of(args, row) and row.split == args.split]
     print("\n".join(table(rows)))
+
+
+def missing_cases(args, rows):
+    """The (arm, fraction, seed, steps) of `args` without a row. Raises `UserError` where rows have other settings."""
+    for flags in (args.flags.split(), args.pretrain_flags.split()):
+        if "--seed" in flags or "--steps" in flags:
+            raise UserError("--seed and --steps do not go into --flags or --pretrain-flags; use --seeds and --steps.")
+    rows = [row for row in rows if is_of(args, row)]
+    pretrained = f"{args.pretrained or variant_folder(args.out, args) / 'pretrained'}, "
+    for row in rows:
+        if row.flags != args.flags or row.pretrained and not row.pretrained.startswith(pretrained):
+            raise UserError(
+                f"--variant {args.variant} has runs with --flags '{row.flags}' and the pre-training run "
+                f"'{row.pretrained}' in {args.out}; name a new variant."
+            )
+    done = {row.case for row in rows}
+    cases = [case[::-1] for case in product(args.steps, args.seeds, args.fractions, args.arms)]
+    return [case for case in cases if (args.split, *case) not in done]
+
+
+def variant_folder(out, settings):
+    """The folder of the runs of a variant; settings: `Args` or a `Row`."""
+    return out / (settings.modality if settings.task == "detect" else settings.task) / settings.variant
+
+
+def run_folder(out, settings, arm, fraction, steps, seed):
+    """The folder of a fine-tuning run."""
+    return variant_folder(out, settings) / f"{arm}-{fraction:g}-{steps}-{seed}"
 
 
 def is_of(args, row):
@@ -164,7 +182,7 @@ def prepare(args, folder):
 
 def measure(args, folder, arm, fraction, seed, steps):
     """Fine-tune one arm and evaluate it: its rows."""
-    path = folder / f"{arm}-{fraction:g}-{steps}-{seed}"
+    path = run_folder(args.out, args, arm, fraction, steps, seed)
     from_pretrained = arm.endswith("pretrained")
     source = (args.pretrained or folder / "pretrained") if from_pretrained else args.init
     flags = ["--task", args.task, "--label-fraction", fraction, "--seed", seed, "--steps", steps, "--val-every", 0]
@@ -286,7 +304,6 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def draw(rows: list[Row], file: Path):
     """Draw metrics over label fractions: a panel per task, modality and metric; a line per arm and number of steps."""
-    rows = [row for row in rows if row.variant == "default" and row.split == "val"]
     if not rows:
         raise UserError(
             "results.csv in --out has no rows of the variant `default` on the split `val`: nothing to draw."
@@ -318,6 +335,34 @@ def draw(rows: list[Row], file: Path):
     for axis in axes[len(panels) :]:
         axis.axis("off")
     file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def draw_frame(out: Path, rows: list[Row], file: Path):
+    """Draw one frame as each arm sees it, from above: a line of pictures per modality of detection.
+
+    Of the runs with the fewest labels, the most steps and the first seed; drawn where `scratch` and `pretrained` exist.
+    """
+    lines = []
+    for modality in sorted({row.modality for row in rows if row.task == "detect"}):
+        of_modality = [row for row in rows if (row.task, row.modality) == ("detect", modality)]
+        runs = {(row.fraction, -row.steps, row.seed) for row in of_modality if row.arm == "scratch"}
+        runs &= {(row.fraction, -row.steps, row.seed) for row in of_modality if row.arm == "pretrained"}
+        if runs:
+            fraction, steps, seed = min(runs)
+            cases = [(arm, fraction, -steps, seed) for arm in ("scratch", "pretrained")]
+            files = [run_folder(out, of_modality[0], *case) / "eval-val" / "boxes_1.png" for case in cases]
+            lines.append((f"{modality}, {fraction:.3g} of the labels", files))
+    if not lines:
+        return
+    figure = Figure(figsize=(8, 4.1 * len(lines)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(lines), 2, squeeze=False)
+    for (title, files), of_line in zip(lines, axes, strict=True):
+        for arm, picture, axis in zip(("scratch", "pretrained"), files, of_line, strict=True):
+            pixels = matplotlib.image.imread(picture)
+            axis.imshow(pixels[:, : len(pixels)])  # the view from above is the square at the left
+            axis.set_title(f"{title}: {arm}", fontsize=9)
+            axis.axis("off")
     figure.savefig(file)
 
 

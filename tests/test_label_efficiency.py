@@ -60,7 +60,7 @@ def test_the_figure_has_a_panel_for_each_metric(tmp_path):
     assert picture.shape[1] == pytest.approx(3 * 3.2 * 120, abs=2) and picture.std() > 20
     assert all(part.mean() > 0.5 for part in np.array_split(inked, 3))
     with pytest.raises(UserError, match="nothing to draw"):
-        draw([replace(ROW, split="city_dev")], tmp_path / "figure.png")
+        draw([], tmp_path / "figure.png")
 
 
 def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys):
@@ -94,6 +94,11 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
     assert len(read_rows(tmp_path / "results.csv")) == 10
     with pytest.raises(UserError, match="name a new variant"):
         label_efficiency.main(replace(args, flags="--workers 0 --lr 1"))
+    with pytest.raises(UserError, match="name a new variant"):
+        label_efficiency.main(replace(args, pretrained=tmp_path / "another"))
+    label_efficiency.main(replace(args, figure=tmp_path / "figure.png"))
+    frame = cv2.imread(str(tmp_path / "figure_frame.png"))
+    assert frame.shape[1] == 960 and frame.std() > 20
     with pytest.raises(SystemExit):
         label_efficiency.main(
             replace(args, flags="--lr -1", variant="other", pretrained=tmp_path / "lidar/default/pretrained")

@@ -42,13 +42,13 @@ SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
     """registers, shared, stack, mma: limits on sm_80 and sm_90 (those in `targets`); other targets only compile."""
-    budgets = [target for target in targets if target in NVIDIA]
+    limits_on = [target for target in targets if target in NVIDIA]
     targets = targets + OTHERS if HOPPER[0] in targets else targets
     # S: all but the tiny presets render 96 samples per ray; `sdf_values` runs on the 72 before resampling, not 16 n
     divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
         kernel, constexprs, types=dict(hit_ptr="*i1"), divisible=divisible, elements=("fp32",), targets=targets,
-        num_warps=warps, num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, budgets=budgets,
+        num_warps=warps, num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, limits_on=limits_on,
     )  # fmt: skip
 
 

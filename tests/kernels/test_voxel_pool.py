@@ -3,31 +3,42 @@ import torch
 
 import unipad.kernels.voxel_pool
 from tests import golden
-from tests.ahead_of_time import ASSEMBLED, Launch
+from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.check import DivideLikeGpu, check_against_ref, launches
 from tests.conftest import HAS_GPU
 from unipad.kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 
 
 def launch(kernel, channels, divisible, elements, registers, shared=0):
+    """A launch for tests/test_compiles.py to compile; registers, shared (bytes): its limits."""
     blocks = unipad.kernels.voxel_pool._blocks(channels)
     if kernel != "_voxel_pool_bwd_kernel":
         blocks["CHUNK"] = CHUNK
     types = dict(weight_ptr="*fp32", partial_ptr="*fp32", chunks="i32")
-    return Launch(kernel, blocks, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED)
+    return Launch(
+        kernel, blocks, types, divisible, elements,
+        registers=registers, shared=shared, limits_on=ASSEMBLED_TARGETS,
+    )  # fmt: skip
 
 
 def launch_voxels(truncate):
     types = dict(matrices_ptr="*fp64", bins_ptr="*fp64", h="i32", w="i32", stride="i32", shape=("i32",) * 3)
     constexprs = dict(TRUNCATE=truncate, BLOCK_P=BLOCK_P)
-    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, budgets=ASSEMBLED)
+    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, limits_on=ASSEMBLED_TARGETS)
 
 
 # checked by tests/test_compiles.py
 LAUNCHES = [
     launch_voxels(truncate=False),
     launch_voxels(truncate=True),
-    Launch("_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=ASSEMBLED),
+    Launch(
+        "_runs_kernel",
+        dict(BLOCK_P=BLOCK_P),
+        dict(weight_ptr="*fp32"),
+        registers=48,
+        shared=64,
+        limits_on=ASSEMBLED_TARGETS,
+    ),
     # kernel, channels, divisible sizes, element types, registers, bytes of shared memory
     launch("_chunks_kernel", 256, ("C",), ("bf16",), 56, 4096),
     launch("_voxel_pool_fwd_kernel", 256, ("C",), ("bf16",), 64),

@@ -63,6 +63,7 @@ def test_the_figure_has_a_panel_for_each_metric(tmp_path):
         draw([], tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys):
     """Pre-training and four arms, of two steps each, on the small city; then two more seeds, and a repeated command."""
     args = Args(

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import matplotlib
 import matplotlib.image
@@ -47,7 +47,7 @@ from unipad.exit import exit_on_user_error
 from unipad.run_folder import commit
 
 Arm = Literal["scratch", "pretrained", "frozen-random", "frozen-pretrained"]
-ARMS = ("scratch", "pretrained", "frozen-random", "frozen-pretrained")
+ARMS = get_args(Arm)
 CITY = Path("data/label-efficiency")
 CITY_SIZE = {"scenes": 128, "keyframes": 4}  # 360 keyframes to train on, 48 to choose settings with, 104 to validate on
 # Metrics by task: name -> (file of eval.py, its key)
@@ -310,8 +310,9 @@ def draw(rows: list[Row], file: Path):
         )
     panels = sorted({(row.task, row.modality, row.metric) for row in rows})
     columns = min(4, len(panels))
-    figure = Figure(figsize=(3.2 * columns, 3 * -(-len(panels) // columns)), dpi=120, layout="constrained")
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3 * lines), dpi=120, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     colors = dict(zip(ARMS, matplotlib.colormaps["tab10"].colors, strict=False))
     for axis, panel in zip(axes, panels, strict=False):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]

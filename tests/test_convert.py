@@ -14,7 +14,7 @@ from tests.golden import FOLDER
 from unipad import convert
 from unipad.checkpoint import read_checkpoint, take_weights
 from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_dict, to_dict
-from unipad.convert import Args, convert_ours, convert_unipad, main
+from unipad.convert import Args, convert_ours, convert_unipad, main, merge
 from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
@@ -249,6 +249,15 @@ def test_a_fusion_model_starts_from_merged_encoders(tmp_path, capsys):
     assert {n for n in net.state_dict() if n not in taken and not n.startswith("head.")} == {
         n for n in net.state_dict() if n.startswith("encoder.fuse.")
     }
+
+
+def test_merging_lists_all_parts_that_it_drops():
+    """The camera encoder of a fusion checkpoint that is given for its LiDAR encoder is dropped, too."""
+    net = Detector(DETECT["fusion"]["tiny"])
+    fusion = {"model": net.state_dict(), "config": {"args": {}, "recipe": to_dict(net.recipe)}}
+    _, report = merge(fusion, fusion)
+    assert [note for note in report.notes if note.startswith("dropped: encoder.camera")]
+    assert [note for note in report.notes if note.startswith("dropped: encoder.lidar")]
 
 
 def test_an_encoder_with_values_that_are_not_finite_is_not_merged(tmp_path):

@@ -18,6 +18,7 @@ import torch
 
 from tests import damage, scripts
 from tests.readers import KINDS, Kind, Readout
+from unipad.checkpoint import read_training
 from unipad.errors import UserError
 from unipad.names import CODE_WEIGHTS
 
@@ -313,3 +314,16 @@ def test_a_case_is_determined_by_its_number(tmp_path):
     first = [damaged(number) for number in range(40)]
     assert first == [damaged(number) for number in range(40)]
     assert {name for _, _, name, _ in first} > {"cut", "missing", "zeros"} and len(set(first)) > 30
+
+
+def test_metrics_of_a_checkpoint_are_all_numbers_or_all_dicts(tmp_path):
+    saved = {"model": {}, "optimizer": {}, "scaler": {}, "step": 1, "validated": 0}
+    saved["config"] = {"args": {}, "recipe": {}, "steps": 2}
+    numbers = {"psnr": 1.0}
+    for metrics in ({}, numbers, {"after": numbers}, {"before": numbers, "after": numbers}):
+        torch.save(saved | {"metrics": metrics}, tmp_path / "last.pt")
+        assert read_training(tmp_path / "last.pt")["metrics"] == metrics
+    for metrics in ({"before": numbers, "after": 5}, {"before": numbers, "after": {"ssim": 1.0}}, {"psnr": "high"}):
+        torch.save(saved | {"metrics": metrics}, tmp_path / "last.pt")
+        with pytest.raises(UserError, match="its metrics"):
+            read_training(tmp_path / "last.pt")

@@ -182,7 +182,7 @@ def _check_metrics(metrics):
     """Raises TypeError unless `metrics` is {name: number}, or such dicts under "before", "after" or both."""
     nested = [isinstance(values, dict) for values in metrics.values()]
     dicts = list(metrics.values()) if any(nested) else [metrics]
-    if any(nested) != all(nested) and metrics or any(values.keys() != dicts[0].keys() for values in dicts):
+    if len(set(nested)) > 1 or any(values.keys() != dicts[0].keys() for values in dicts):
         raise TypeError("its metrics differ in their names")
     if not all(type(value) in (float, int) for values in dicts for value in values.values()):
         raise TypeError("its metrics are no numbers")

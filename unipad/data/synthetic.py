@@ -4,7 +4,8 @@
     python -m unipad.data.synthetic --out data/full --image-size 900 1600     # the real resolution
     python -m unipad.data.synthetic --out data/sweeps --camera-sweeps 2       # images between the keyframes too
 
-It has the version and scene names of nuScenes mini, so that every tool knows its splits; vehicle, location,
+Up to 10 scenes have the version and scene names of nuScenes mini, so that every tool knows their splits; more have the
+version `city` and a splits.json of their own. Vehicle, location,
 descriptions and a README.txt in its root say that it is synthetic. unipad/data/city/ computes what is written.
 """
 
@@ -66,8 +67,8 @@ class Args:
     out: Path
     """Folder to write: new, empty, or an older synthetic dataset, which is replaced."""
     scenes: int = 10
-    """Scenes, 2 to 1000. Up to 10 have the names of nuScenes mini's, two of them for validation (one if there are only
-    2). More are in several districts and in any weather, with splits of their own: --version city."""
+    """Scenes, 2 to 1000. Up to 10 have the scene names of nuScenes mini, two of them for validation (one if there
+    are only 2). More are in several districts and in any weather, with splits of their own: --version city."""
     keyframes: int = 10
     """Keyframes per scene, at 2 Hz; 2 to 400."""
     image_size: tuple[int, int] = (144, 256)

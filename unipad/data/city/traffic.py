@@ -13,6 +13,7 @@ import numpy as np
 
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, DRIVING_LINE, HALF_ROAD, PITCH, STREETS, City
+from unipad.data.city.weather import Weather
 
 # meters from the ego vehicle up to which the sensors see houses, and all other solids
 HOUSE_VIEW_DISTANCE, VIEW_DISTANCE = 140.0, 90.0
@@ -196,33 +197,9 @@ class Path:
 
 
 def district_of(index, varied):
-    """Number of the district in which scene `index` is: with as many scenes as it has intersections, if `varied`."""
+    """Number of the district of scene `index`: 0 or, if `varied`, the next one for every 16 scenes, a scene for each
+    intersection."""
     return index // (STREETS - 3) ** 2 if varied else 0
-
-
-@dataclass(frozen=True)
-class Weather:
-    """Light and air of a scene; brightness and colors as in unipad/data/city/paint.py."""
-
-    sun: np.ndarray  # [3] unit, towards the sun
-    sunlight: float  # brightness of what the sun lights at a right angle
-    skylight: float  # brightness of what the whole sky lights
-    clouds: float  # 0: blue sky with some clouds; 1: overcast
-    haze_length: float  # meters after which 1/e of a color remains
-
-    @classmethod
-    def draw(cls, rng, varied):
-        """Random weather: a sunny day at about noon or, if `varied`, any light and air."""
-        elevation, azimuth = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
-        sunlight, skylight, clouds, haze_length = 0.75, 0.42, 0.0, 320.0
-        if varied:
-            elevation = rng.uniform(0.2, 1.2)
-            clouds = max(0.0, rng.uniform(-0.7, 1.0))  # two fifths of the scenes are clear
-            sunlight, skylight = 0.85 * (1 - clouds) * rng.uniform(0.7, 1), rng.uniform(0.3, 0.6)
-            haze_length = np.exp(rng.uniform(np.log(60), np.log(600)))
-        horizontal = np.cos(elevation)
-        sun = np.array([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), np.sin(elevation)])
-        return cls(sun, sunlight, skylight, clouds, haze_length)
 
 
 class Scene:

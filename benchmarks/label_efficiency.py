@@ -55,6 +55,7 @@ METRICS = {
     "detect": {"NDS": ("metrics_summary.json", "nd_score"), "mAP": ("metrics_summary.json", "mean_ap")},
     "segment": {"mIoU": ("segmentation_summary.json", "miou")},
 }
+TITLES = {"camera": "Camera", "lidar": "LiDAR", "fusion": "Fusion"}
 
 
 @dataclass(frozen=True)
@@ -311,30 +312,35 @@ def draw(rows: list[Row], file: Path):
     panels = sorted({(row.task, row.modality, row.metric) for row in rows})
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3 * lines), dpi=120, layout="constrained")
+    figure = Figure(figsize=(3.1 * columns, 2.8 * lines + 0.4), dpi=120, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     colors = dict(zip(ARMS, matplotlib.colormaps["tab10"].colors, strict=False))
+    schedules = sorted({row.steps for row in rows})
+    legend = {}
     for axis, panel in zip(axes, panels, strict=False):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
         values = by_seed(of_panel, "arm", "steps", "fraction")
-        for arm, steps in sorted({key[:2] for key in values}, key=lambda line: ARMS.index(line[0])):
-            x = sorted(key[2] for key in values if key[:2] == (arm, steps))
-            points = [list(values[arm, steps, fraction].values()) for fraction in x]
+        for arm, steps in sorted({key[:2] for key in values}, key=lambda line: (ARMS.index(line[0]), line[1])):
+            fractions = sorted(key[2] for key in values if key[:2] == (arm, steps))
+            points = [list(values[arm, steps, fraction].values()) for fraction in fractions]
             deviations = [np.std(found, ddof=1) if len(found) > 1 else 0 for found in points]
-            percent = [100 * fraction for fraction in x]
-            axis.errorbar(
-                percent, [np.mean(found) for found in points], deviations,
-                color=colors[arm], label=f"{arm}, {steps} steps", marker="o", markersize=3, capsize=2,
+            shift = 1.03 ** (ARMS.index(arm) - 1.5)  # beside each other, so that no arm hides another's error bar
+            line = axis.errorbar(
+                [100 * fraction * shift for fraction in fractions], [np.mean(found) for found in points], deviations,
+                color=colors[arm], marker="osD^v"[schedules.index(steps) % 5], markersize=4, capsize=2,
             )  # fmt: skip
+            legend.setdefault(f"{arm}, {steps} steps" if len(schedules) > 1 else arm, line)
         task, modality, metric = panel
-        axis.set(xscale="log", xlabel="labels, %", ylabel=metric, title=f"{task}, {modality}", ylim=(0, None))
-        axis.set_xticks(sorted({100 * row.fraction for row in of_panel}))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        title = TITLES[modality] + (" segmentation" if task == "segment" else " detection")
+        axis.set(xscale="log", xlabel="labels, %", ylabel=metric, title=title, ylim=(0, 1.05 * axis.get_ylim()[1]))
+        ticks = sorted({100 * row.fraction for row in of_panel})
+        axis.set(xticks=ticks, xlim=(ticks[0] / 1.4, ticks[-1] * 1.4))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.axis("off")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
@@ -353,7 +359,7 @@ def draw_frame(out: Path, rows: list[Row], file: Path):
             fraction, steps, seed = min(runs)
             cases = [(arm, fraction, -steps, seed) for arm in ("scratch", "pretrained")]
             files = [run_folder(out, of_modality[0], *case) / "eval-val" / "boxes_1.png" for case in cases]
-            lines.append((f"{modality}, {fraction:.3g} of the labels", files))
+            lines.append((f"{TITLES[modality]}, {100 * fraction:.3g} % of the labels", files))
     if not lines:
         return
     figure = Figure(figsize=(8, 4.1 * len(lines)), dpi=120, layout="constrained")

@@ -57,7 +57,7 @@ def test_the_figure_has_a_panel_for_each_metric(tmp_path):
     draw(rows, tmp_path / "figure.png")
     picture = cv2.imread(str(tmp_path / "figure.png"))
     inked = (picture < 200).any(axis=(0, 2))  # columns
-    assert picture.shape[1] == pytest.approx(3 * 3.2 * 120, abs=2) and picture.std() > 20
+    assert picture.shape[1] == pytest.approx(3 * 3.1 * 120, abs=2) and picture.std() > 20
     assert all(part.mean() > 0.5 for part in np.array_split(inked, 3))
     with pytest.raises(UserError, match="nothing to draw"):
         draw([], tmp_path / "figure.png")

@@ -7,7 +7,8 @@ sizes), or one factor is and the other is a block index (a program id, or the co
 block)`): block index times block size is at most a size, and sizes are int32. `KNOWN_SMALL` lists products that stay
 below 2^31 for other reasons.
 
-Tracing stops at values loaded from memory and ignores conditions (masks, branches). int32 sums are not checked.
+Tracing stops at values loaded from memory or converted from floats, and ignores conditions (masks, branches). int32
+sums are not checked.
 """
 
 import re

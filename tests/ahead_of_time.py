@@ -58,8 +58,8 @@ class Launch:
 def launches_of(kernel_file, which):
     """(launch, element type, target) for the LAUNCHES of tests/kernels/test_<kernel_file>.py.
 
-    which: one of TARGETS, for all launches; or "first": of each kernel, only the first launch that has a budget for
-        sm_90, for sm_90.
+    which: one of TARGETS, for all launches; or "first": of each kernel, only the first launch with sm_90 in its
+        `limits_on`, for sm_90.
     """
     launches = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
     if which == "first":  # reversed: the first launch of a kernel is the last written into the dict

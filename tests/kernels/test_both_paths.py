@@ -13,7 +13,7 @@ from unipad.selfcheck import checks
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # Op name -> its first case in the self-check, at the small size (reversed, so that the first replaces the later ones)
 CASES = {case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))}
-PATHS = {"kernel": nullcontext, "reference": references}
+PATHS = {"kernel": nullcontext, "reference": references}  # kernels run by default in this folder, see conftest.py
 
 
 def inputs_of(op):

@@ -261,9 +261,8 @@ def test_gradients_of_coarse_levels_are_gathered(strict, coarse, gathered_levels
     features, depths = inputs.pop("features"), inputs.pop("depths")
     leaves = [level.float().requires_grad_() for level in features + depths]
     if strict:
-        torch.use_deterministic_algorithms(
-            True
-        )  # the fixture `poisoned_memory`, of all tests, sets warn_only, and resets both
+        # without warn_only, which the fixture `poisoned_memory` sets; it switches the mode off after the test
+        torch.use_deterministic_algorithms(True)
     runs = []
     for _ in range(2):
         with launches() as launched:

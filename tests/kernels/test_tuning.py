@@ -122,8 +122,8 @@ def test_two_saves_with_the_same_pid_do_not_share_a_temporary_file(tmp_path, mon
 
 
 def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):
-    """With a simulated clock: the first run, which compiles, is not timed; the host is ahead of the device; nothing is
-    flushed between runs; and an outlier does not matter."""
+    """With a simulated clock: the first run, which compiles, is not timed; the host is ahead of the device; no cache
+    is flushed between runs; and an outlier does not matter."""
     now, log = [0.0], []  # ms; what happens, in order
 
     class Event:

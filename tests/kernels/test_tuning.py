@@ -12,7 +12,7 @@ CANDIDATES = [(64, 4), (128, 4), (128, 8)]  # as (block size, warps); the first 
 
 
 class Clock:
-    """A timer that looks up in `times` how long a candidate takes, and its method `run`, the work that is timed.
+    """A timer, which looks up in `times` how long a candidate takes; its method `run` is the work that is timed.
 
     `run` records in `ran` which candidates ran. A clock without times raises if it has to time anything.
     """
@@ -35,7 +35,7 @@ def tuning_off_afterwards():
 
 
 def choose(clock, n=1000, candidates=CANDIDATES):
-    """The candidate chosen for n voxels, with `clock` as the work; times come from the timer of `tuning.enable`."""
+    """The candidate chosen for n voxels; the work is `clock.run`, times come from the timer of `tuning.enable`."""
     return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
 
 
@@ -98,7 +98,7 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
     path = tmp_path / "tuning.json"
     tuning.enable(path, clock)
-    torch.use_deterministic_algorithms(True)  # strict: the fixture `poisoned_memory` sets it with warn_only
+    torch.use_deterministic_algorithms(True)  # strict: fixture `poisoned_memory` sets it with warn_only, and ends it
     assert choose(clock) == (64, 4) and not clock.ran
     torch.use_deterministic_algorithms(False)
     assert choose(clock) == (128, 4)

@@ -324,7 +324,7 @@ def test_gradcheck(op, device):
 
 def test_strict_determinism_keeps_the_kernels(device):
     inputs = make_inputs(1, 1, (3, 5), 3, 4, (2, 2, 2), device)
-    torch.use_deterministic_algorithms(True)  # fixture `poisoned_memory` sets it with warn_only
+    torch.use_deterministic_algorithms(True)  # strict: fixture `poisoned_memory` sets it with warn_only, and ends it
     with launches() as launched:
         voxel_pool(**inputs)
     assert launched

@@ -60,7 +60,8 @@ def test_mask_matches_the_original():
     assert torch.equal(draw_mask(arrays["in/rand_masking"], h=3, w=5, ratio=0.3), arrays["in/mask"])
 
 
-@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # round(15 * (1 - ratio)), to even
+# kept: 15 * (1 - ratio), rounded half to even
+@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])
 def test_mask_hides_a_fixed_number_of_patches(ratio, kept):
     mask = draw_mask(torch.rand(4, 15), h=3, w=5, ratio=ratio)
     assert mask.shape == (4, 1, 3, 5) and mask.flatten(1).sum(1).tolist() == [kept] * 4
@@ -181,9 +182,9 @@ def test_a_visible_patch_is_encoded_as_if_alone():
 
 
 def test_mask_of_ratio_zero_changes_nothing():
-    encoder, images = make_encoder(), make_images(1, 2)
+    encoder, inputs = make_encoder(), make_images(1, 2)
     all_visible = draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.0)
-    torch.testing.assert_close(encoder(*images, all_visible), encoder(*images), rtol=0, atol=0)
+    torch.testing.assert_close(encoder(*inputs, all_visible), encoder(*inputs), rtol=0, atol=0)
 
 
 def test_frozen_stages_get_no_gradient_and_no_drop_path():
@@ -273,7 +274,7 @@ def test_fewer_levels_than_stages_are_rejected():
 def test_checkpointing_is_bitwise_equal(monkeypatch):
     """With a mask, drop path and a frozen stage: the results are the same, but trained blocks run forward twice."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
-    images, mask = make_images(1, 2), draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.3)
+    inputs, mask = make_images(1, 2), draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.3)
     drop_noise = torch.rand(2, 5)  # 2 images, 5 blocks
     calls, forward = [], Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *args: (calls.append(self), forward(self, *args))[1])
@@ -282,7 +283,7 @@ def test_checkpointing_is_bitwise_equal(monkeypatch):
         encoder.backbone.checkpointing = on
         encoder.zero_grad()
         calls.clear()
-        features, depths = encoder(*images, mask, drop_noise)
+        features, depths = encoder(*inputs, mask, drop_noise)
         sum(t.square().sum() for t in features + depths).backward()
         grads = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
         results.append((features + depths, grads, len(calls)))

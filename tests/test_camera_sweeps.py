@@ -6,7 +6,6 @@ The setting `Data.camera_sweeps` counts the keyframe too; `generate`'s argument 
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -44,7 +43,6 @@ from unipad.model.volume import FrameFusion
 from unipad.names import to_original
 from unipad.recipes import DETECT, PRETRAIN
 
-REPO = Path(__file__).parent.parent
 VERSION, SIZE, KEYFRAMES = "v1.0-mini", (64, 96), 3
 THREE = Data(camera_sweeps=3)  # the keyframe and two sweeps
 TINY_CAMERA = config.CameraConfig(

@@ -11,7 +11,7 @@ from unipad.kernels import tuning
 from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP_OF, STAGES_OF, d_weight_of, gather_gemm
 from unipad.kernels.sparse_tiles import NeighborTable
 
-# products of fp32; WIDEN is for the interpreter only
+# PRECISION matters for fp32 only, WIDEN in the interpreter only
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 BF16, FP32 = ("bf16",), ("fp32",)  # element types
 BY_16 = ("I", "O")  # sizes that are multiples of 16

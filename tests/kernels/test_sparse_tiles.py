@@ -239,6 +239,7 @@ def test_tiles_made_during_capture_are_not_cached(switch_stream, device):
 
 
 def test_a_trial_does_not_change_the_cache(device):
+    """A trial is the copy of a table on which the tuner times a candidate; it starts with the table's cache."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
     known = table.tiles(64)
     trial = table.trial()

@@ -50,7 +50,7 @@ LAUNCHES = [
 
 
 def views(B, N, device):
-    """lidar2image [B, N, 4, 4] of cameras near the origin that look about along y; images of 40 x 24 pixels."""
+    """lidar2image [B, N, 4, 4] of cameras near the origin that look roughly along y; images of 40 x 24 pixels."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]  # not the last row
@@ -324,7 +324,7 @@ def test_gradcheck(op, device):
 
 def test_strict_determinism_keeps_the_kernels(device):
     inputs = make_inputs(1, 1, (3, 5), 3, 4, (2, 2, 2), device)
-    torch.use_deterministic_algorithms(True)  # fixture `poisoned_memory` sets it with warn_only
+    torch.use_deterministic_algorithms(True)  # strict: fixture `poisoned_memory` sets it with warn_only, and ends it
     with launches() as launched:
         voxel_pool(**inputs)
     assert launched

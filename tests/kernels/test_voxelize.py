@@ -171,7 +171,8 @@ def test_no_points_or_none_in_the_grid_give_no_voxels(device):
 
 
 def test_grid_sample_by_hand(device):
-    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)  # cells: 0, -1, 1, 0, 1 and 0, -1
+    # in cells 0, -1, 1, 0, 1 of the first sample and 0, -1 of the second
+    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)
     points = torch.stack([x, torch.zeros_like(x), torch.ones_like(x)], dim=1)
     noise = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.3, 0.0, 0.9], device=device)
     counts = [5, 2]

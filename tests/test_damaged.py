@@ -1,8 +1,8 @@
 """Damaged files of every kind are refused in one sentence, skipped with a message, or read with the same result; with
 another result only where no check can detect the damage (see tests/damage.py).
 
-Two random cases of each kind; `python -m tests.damage` runs thousands. `EXAMPLES` are cases that once gave a traceback
-or a wrong result without a message.
+Two random cases of each kind; `python -m tests.damage --cases N` runs more. `EXAMPLES` are cases that once gave a
+traceback or a wrong result without a message.
 """
 
 import io

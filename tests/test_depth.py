@@ -36,8 +36,8 @@ def test_complex_depth_matches_the_original():
 
 
 def test_receptive_field_of_aspp():
-    """Without the global average pooling: the cell itself and, 6, 12 and 18 cells away from it, the eight in a ring of
-    3 x 3, or fewer, where a ReLU cuts them off."""
+    """Without the global average pooling, an output depends on its own cell and on those 6, 12 or 18 cells away along
+    an axis or a diagonal: eight at each distance, or fewer where a ReLU cuts them off."""
     net = ASPP(channels=2, hidden=3).eval().double()
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
@@ -87,7 +87,7 @@ def load_recorded():
         make_batch([[], []]),
         images=torch.zeros(2, 6, 3, 256, 448),  # only their size is read
         image_sizes=arrays["in/pad_before_shape"][..., :2],
-        lidar2image=arrays["in/lidar2img"][:, :, 0],  # of the only sweep
+        lidar2image=arrays["in/lidar2img"][:, :, 0],  # of the only camera frame, the keyframe
         points=torch.cat(points),
         point_counts=torch.tensor([len(p) for p in points]),
     )

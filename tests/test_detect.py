@@ -81,7 +81,7 @@ def test_plain_head_matches_the_original():
     volume = lift(
         [f.permute(0, 1, 3, 4, 2) for f in features],
         [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in depths],
-        arrays["in/lidar2img"][:, :, 0],  # of the only sweep
+        arrays["in/lidar2img"][:, :, 0],  # of the only camera frame, the keyframe
         (height, width),
     )
     conv = ConvNormReLU3d(32, 32).eval()
@@ -153,7 +153,7 @@ def test_denoising_head_matches_the_original():
 
 @pytest.mark.parametrize("code_weights, name", [(DENOISING.code_weights, "cw"), (PLAIN.code_weights, "nocw")])
 def test_assignment_matches_the_original(code_weights, name):
-    """name: in the record, with or without code weights."""
+    """name: part of the record's array names, for assignment with ("cw") or without ("nocw") code weights."""
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(DENOISING, code_weights=code_weights)
     boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])

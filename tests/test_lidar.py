@@ -200,6 +200,7 @@ def test_voxels_are_where_the_points_are():
     assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, point)
     assert out.voxels.shape == GRID.shape[::-1]
     assert [0, 2, 1, 13] in out.voxels.coords.tolist()  # (3.2 + 2) / 2, (-2.1 + 4) / 1, (5.3 + 8) / 1
+    # strided convolutions also reach neighboring cells
     assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1
 
 

@@ -70,7 +70,7 @@ def test_rays_match_the_original():
     arrays, meta = load("sample_rays_default")
     cfg = RayChoice(per_view=64, near_radius=3.0, far_radius=100.0)
     scale = 1 / max(map(abs, meta["pc_range"]))  # the record's lengths are meters * scale
-    lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]  # of one frame
+    lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]  # of the keyframe
     batch = replace(
         make_batch([[], []]),
         images=arrays["in/raw_image_uint8"].float() / 255,

@@ -1,4 +1,6 @@
-"""The README's commands run at small sizes, its file list is complete, its frozen encoders start from weights."""
+"""The README's commands run at small sizes, and its file list is complete; its commands and those of docs/recipes.md
+give trained weights to recipes that freeze stages of the camera encoder.
+"""
 
 import re
 import shlex

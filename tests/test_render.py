@@ -160,7 +160,7 @@ def test_training_step_of_the_render_head_equals_the_original():
     features = [f.permute(0, 1, 3, 4, 2) for f in leaves[:2]]  # [B, N, h, w, C]
     depths = [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in leaves[2:]]  # [B * N, ...] to [B, N, h, w, D]
     H, W = record["in/img_shape"][0, 0, :2].tolist()
-    lidar2image = record["in/lidar2img"][:, :, 0]
+    lidar2image = record["in/lidar2img"][:, :, 0]  # of the only camera frame, the keyframe
     low, cell, shape = RECORDED_GRID.low, RECORDED_GRID.cell, RECORDED_GRID.shape
     volume = lift(features, depths, lidar2image, low, cell, shape, image_size=(H, W), depth_range=(0.0, 64.0))
     volume = volume.permute(0, 4, 1, 2, 3)

@@ -383,7 +383,7 @@ def test_a_city_of_many_scenes_has_splits_of_its_own(tmp_path):
 def test_many_scenes_are_in_several_districts_and_in_varied_weather():
     scenes = [Scene(seed=0, index=index, duration=0.5, varied=True) for index in (0, 15, 16)]
     assert scenes[0].city is scenes[1].city and scenes[1].city is not scenes[2].city
-    # the houses at the same place of two districts differ
+    # the blocks at the same place of two districts differ
     blocks = [city.block(3, 3) for city in (scenes[0].city, scenes[2].city)]
     assert len(blocks[0]) != len(blocks[1]) or not np.array_equal(*blocks)
     assert len({scene.weather.haze_length for scene in scenes}) == 3

@@ -1,7 +1,7 @@
 """Cut-and-paste: points and pixels of objects from other training frames, pasted into a sample.
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
-    objects   sampled at random, until the sample has `Paste.counts` of each class, its own objects included
+    objects   as many, sampled at random, as the sample lacks of the `Paste.counts` of each class
     position  the LiDAR coordinates in the frame that they were cut from; an object whose box overlaps another in
               bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
@@ -175,7 +175,7 @@ def _make_cache(dataset, paste, paths, workers):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             pattern = f"{path.stem.rpartition('-')[0]}-*"  # caches of the same settings, from any state of the tables
-            remove_unfinished(path.parent, pattern)  # of killed processes
+            remove_unfinished(path.parent, pattern)  # files that killed processes left
             arrays_and_file = _write(dataset, paste, path, workers)
             for old in path.parent.glob(pattern):
                 if path.stem not in old.name:  # of an earlier state of the tables

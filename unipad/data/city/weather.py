@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Weather:
-    """Light and air of a scene; brightness and colors as in unipad/data/city/paint.py."""
+    """Light and air of a scene. Brightness is the factor by which the light multiplies the color of a surface."""
 
     sun: np.ndarray  # [3] unit, towards the sun
     sunlight: float  # brightness of what the sun lights at a right angle

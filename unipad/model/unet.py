@@ -1,9 +1,9 @@
 """SpUNet: points -> one point per voxel -> a sparse U-Net -> features of every point, or a volume of them.
 
 `Unet` has the structure and parameter names of the original's SpUNetBase, which follows Pointcept: 5 x 5 x 5 stem,
-strided convolutions down, their inverses up, skip connections. One difference: the voxel grid is aligned with the
-LiDAR's origin, in Pointcept with each sample's smallest coordinates; so features here depend neither on a sample's
-farthest point nor on the rest of the batch.
+strided convolutions down, their inverses up, skip connections. Unlike in Pointcept, the voxel grid is aligned with the
+LiDAR's origin, not with each sample's smallest coordinates: features depend neither on a sample's farthest point nor on
+the rest of the batch.
 
 A voxel is one of the U-Net's, of edge `UnetConfig.cell`; a cell is one of the volume's, in `Grid`.
 """
@@ -51,8 +51,7 @@ class UnetEncoder(nn.Module):
     def forward(self, points: Tensor, point_counts: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode the points of a batch, all inside the grid.
 
-        points, point_counts: as for `LidarEncoder.forward`.
-        noise: [B, *mask_shape] uniform in [0, 1): which blocks of voxels are hidden; None: none.
+        points, point_counts, noise: as for `LidarEncoder.forward`.
 
         Returns:
             volume:      [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the visible voxels whose

@@ -6,7 +6,7 @@
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. In results named
 "cold" every run builds the neighbor tables, from unsorted coordinates as a peer does; in others ("warm" in the code)
-they are built once. Errors are relative to results computed in fp64.
+they are built once. All results are compared with results computed in fp64.
 Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with spconv's interface.
 """
 
@@ -347,7 +347,7 @@ def main(tune: bool = False):
             )
 
         sized = list(zip(levels, WIDTHS, strict=True))  # (level, channels)
-        # more channels than the recipe has: for these, matrix products should cost more than gathering
+        # more channels than the recipe has at this stage: for these, matrix products should cost more than gathering
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}

@@ -79,14 +79,14 @@ def as_peer(net, lib):
     for name, conv in list(twin.named_modules()):
         if not isinstance(conv, (sparse.SubMConv3d, sparse.SparseConv3d, sparse.SparseInverseConv3d)):
             continue
-        part, *numbers = name.split(".")  # e.g. enc.2.block0.conv1: enc, stage 2, ...
+        part, *rest = name.split(".")  # e.g. enc.2.block0.conv1: part enc, stage 2, ...
         kernel = list(conv.weight.shape[1:4])
         sizes = conv.weight.shape[4], conv.weight.shape[0], kernel  # channels in, out; kernel
         if kernel == [1, 1, 1]:
             theirs = Pointwise(conv.weight)
         else:
             # 0: the finest; of the two levels that "down" or "up" links, the finer one
-            level = {"conv_input": 0, "enc": 1}.get(part, 0) + int(numbers[0] if part != "conv_input" else 0)
+            level = {"conv_input": 0, "enc": 1}.get(part, 0) + int(rest[0] if part != "conv_input" else 0)
             if part == "down":
                 theirs = lib.SparseConv3d(*sizes, stride=2, bias=False, indice_key=f"between{level}")
             elif part == "up":

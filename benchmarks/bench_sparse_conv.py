@@ -153,7 +153,7 @@ class Encoders:
             cache = level.cache.setdefault(lib.__name__ + " encoder", {}) if keep else {}
             tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch, indice_dict=cache)
             with half():
-                return encoder(Peer(tensor)).dense()
+                return encoder(PeerTensor(tensor)).dense()
 
         return run
 
@@ -226,25 +226,25 @@ def peer_conv(lib, level, weight, geometry=None):
     return level.cache[key]
 
 
-class Peer:
+class PeerTensor:
     """A peer's tensor with the interface of our SparseTensor."""
 
     def __init__(self, tensor):
         self.tensor, self.features, self.dense = tensor, tensor.features, tensor.dense
 
     def replace(self, features):
-        return Peer(self.tensor.replace_feature(features))
+        return PeerTensor(self.tensor.replace_feature(features))
 
 
 class PeerConv(nn.Module):
-    """A peer's convolution, from `Peer` to `Peer`."""
+    """A peer's convolution, from `PeerTensor` to `PeerTensor`."""
 
     def __init__(self, conv):
         super().__init__()
         self.conv, self.weight = conv, conv.weight
 
     def forward(self, x):
-        return Peer(self.conv(x.tensor))
+        return PeerTensor(self.conv(x.tensor))
 
 
 class Pointwise(nn.Module):

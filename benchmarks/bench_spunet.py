@@ -15,11 +15,11 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks.bench_sparse_conv import AGREE_DEEP, Peer, PeerConv, Pointwise, half, installed
+from benchmarks.bench_sparse_conv import AGREE_DEEP, PeerConv, PeerTensor, Pointwise, half, installed
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import scene
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
-from unipad.kernels.voxelize import grid_sample
+from unipad.kernels.voxelize import grid_subsample
 from unipad.model import sparse
 from unipad.model.unet import Unet
 from unipad.recipes import SEGMENT
@@ -29,7 +29,7 @@ CFG = SEGMENT["lidar"]["segment"].lidar
 
 def voxels_of(points, max_voxels):
     """[V, 4] int32 (b, z, y, x >= 0) of the `max_voxels` newest voxels of points [P, 5], in ascending order."""
-    rows, coords, *_ = grid_sample(points, [len(points)], CFG.cell)
+    rows, coords, *_ = grid_subsample(points, [len(points)], CFG.cell)
     lag = points[rows, 4]  # seconds: of the first point in each voxel
     coords = coords[lag.argsort(stable=True)[:max_voxels].sort().values]
     coords[:, 1:] -= coords[:, 1:].amin(dim=0)
@@ -68,7 +68,7 @@ class Nets:
         def run(features, weights, coords):
             shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # largest coordinate + 96, as in Pointcept
             with half():
-                return net(Peer(lib.SparseConvTensor(features, coords, shape, 1))).features
+                return net(PeerTensor(lib.SparseConvTensor(features, coords, shape, 1))).features
 
         return run
 

@@ -127,7 +127,7 @@ def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
 
 
 @torch.no_grad()
-def grid_sample(
+def grid_subsample(
     points: Tensor, point_counts: Tensor | Sequence[int], cell: float, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[list[int], list[int]]]:
     """One point of each occupied cell, for segmentation.
@@ -147,8 +147,8 @@ def grid_sample(
     Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
     e.g. because a point is not finite, and if `check_grid` rejects the extent. Plain PyTorch on every device, without a
     Triton kernel. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their
-    coordinates, not their borders. (The original's copy of GridSample rounds towards zero, so that cells next to the
-    origin are twice as long.)
+    coordinates, not their borders. (The original's copy of GridSample rounds towards zero, so that the cells at x = 0,
+    y = 0 or z = 0 are twice as long across that plane.)
     """
     counts, P = _check(points, point_counts), len(points)
     assert cell > 0, f"cells have a size above 0, not {cell}"

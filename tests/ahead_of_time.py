@@ -50,7 +50,7 @@ class Launch:
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 only has HMMA
     limits_on: tuple = ("sm_90",)  # targets, out of ASSEMBLED_TARGETS, whose limits are asserted; on AMD only `stack`
 
-    def matrix(self, target):
+    def matrix_instruction(self, target):
         """The matrix instruction that the machine code for an NVIDIA `target` must have, "" for none."""
         return "HMMA" if self.mma and target == "sm_80" else self.mma
 
@@ -78,7 +78,7 @@ def compile_launches(kernel_file, which="first"):
         if target in ASSEMBLED_TARGETS:
             compiled = compile_launch(kernel, launch, element, target)
             cost = {"shared": compiled.metadata.shared, "int32_products": int32_products(compiled.asm["ttir"])}
-            cost |= _cost(compiled, launch.matrix(target)) if target in launch.limits_on else {}
+            cost |= _cost(compiled, launch.matrix_instruction(target)) if target in launch.limits_on else {}
         else:
             cost = {"shared": shared_of(kernel, launch, element, target)}
         print(json.dumps(dict(kernel=launch.kernel, element=element, target=target, **cost)), flush=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from unipad.config import CameraConfig
 from unipad.errors import UserError
 from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
@@ -22,14 +22,14 @@ SMALL = CameraConfig(
 def test_convnext_matches_the_original(name):
     arrays, _ = load(name)
     net = ConvNeXt(DEPTHS, WIDTHS)
-    net.load_state_dict(weights(arrays, "encoder.camera.backbone."))
+    net.load_state_dict(recorded(arrays, "encoder.camera.backbone."))
     image = arrays["in/img"].requires_grad_()
     outs = net(image, arrays.get("in/mask"))
     for i, out in enumerate(outs):
         assert_close_to_max(out, arrays[f"out/stage{i}"], 1e-5, f"stage {i}")
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     assert_close_to_max(image.grad, arrays["grad/img"], 1e-5, "image")
-    gradients = weights(arrays, "encoder.camera.backbone.", "grad/")
+    gradients = recorded(arrays, "encoder.camera.backbone.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
@@ -42,7 +42,7 @@ def test_convnext_matches_the_original(name):
 def test_fpn_matches_mmdet(record, widths, levels, first):
     arrays, _ = load(record)
     net = FPN(widths, channels=24, levels=levels)
-    net.load_state_dict(weights(arrays, "encoder.camera.neck."))
+    net.load_state_dict(recorded(arrays, "encoder.camera.neck."))
     inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in range(first, first + len(widths))]
     outs = net(inputs)
     for i, out in enumerate(outs):
@@ -50,7 +50,7 @@ def test_fpn_matches_mmdet(record, widths, levels, first):
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     for i, x in enumerate(inputs, start=first):
         assert_close_to_max(x.grad, arrays[f"grad/x_{i}"], 1e-5, f"input {i}")
-    gradients = weights(arrays, "encoder.camera.neck.", "grad/")
+    gradients = recorded(arrays, "encoder.camera.neck.", "grad/")
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 

@@ -53,7 +53,7 @@ def check(kernel_file, which):
             continue
         for resource in ("stack",) if target in AMD else ("registers", "stack", "shared"):
             assert cost[resource] <= getattr(launch, resource), f"{cost} exceeds {launch}"
-        mma = launch.matrix(target)
+        mma = launch.matrix_instruction(target)
         assert cost.get("mma", mma) == mma, f"no {mma} in {cost}"  # on AMD instructions are not read
 
 

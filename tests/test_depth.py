@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.check import DivideLikeGpu
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from tests.test_rays import make_batch
 from unipad.config import CameraConfig
 from unipad.kernels.voxel_pool import voxel_pool
@@ -21,7 +21,7 @@ def generators(B):
 def test_complex_depth_matches_the_original():
     arrays, _ = load("depth_net_aspp")
     net = ComplexDepth(channels=16, bins=30, aspp_channels=6).eval()
-    net.load_state_dict(weights(arrays, "encoder.camera.depth_net."))
+    net.load_state_dict(recorded(arrays, "encoder.camera.depth_net."))
     x = arrays["in/x"].requires_grad_()
     logits = net(x)
     assert_close_to_max(logits, arrays["out/logits"], 1e-5, "logits")
@@ -29,7 +29,7 @@ def test_complex_depth_matches_the_original():
     assert_close_to_max(depth, arrays["out/depth"], 1e-5, "depth")
     (depth * arrays["in/w_out"]).sum().backward()
     assert_close_to_max(x.grad, arrays["grad/x"], 1e-5, "x")
-    gradients = weights(arrays, "encoder.camera.depth_net.", "grad/")
+    gradients = recorded(arrays, "encoder.camera.depth_net.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)

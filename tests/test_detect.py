@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad import config
 from unipad.batch import Batch
@@ -36,7 +36,7 @@ def recorded_ground_truth(arrays):
 
 def recorded_head(arrays, cfg):
     head = Head(cfg, GRID, channels=32)
-    head.load_state_dict(weights(arrays, "head."))
+    head.load_state_dict(recorded(arrays, "head."))
     return head
 
 
@@ -58,7 +58,7 @@ def assert_assigned_as_recorded(arrays, cfg, predictions, ground_truth):
 
 
 def assert_gradients_as_recorded(arrays, head, rel):
-    expected = weights(arrays, "head.", "grad/")
+    expected = recorded(arrays, "head.", "grad/")
     params = dict(head.named_parameters())
     assert expected.keys() == params.keys()
     _, record = load("uvtr_dn_head_train") if head.cfg.denoising else load("uvtr_head_eval")
@@ -85,7 +85,7 @@ def test_plain_head_matches_the_original():
         (height, width),
     )
     conv = ConvNormReLU3d(32, 32).eval()
-    conv.load_state_dict(weights(arrays, "encoder.lift_convs.0."))
+    conv.load_state_dict(recorded(arrays, "encoder.lift_convs.0."))
     head = recorded_head(arrays, PLAIN).eval()
 
     predictions, _ = head(conv(volume))

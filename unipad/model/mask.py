@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-MASK_BLOCK = 32  # pixels: the image encoder's total stride, so one patch is one cell of its last stage
+MASK_PATCH = 32  # pixels: the image encoder's total stride, so one patch is one cell of its last stage
 
 
 def draw_mask(noise: Tensor, h: int, w: int, ratio: float) -> Tensor:

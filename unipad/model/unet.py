@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unipad import config
 from unipad.errors import UserError
 from unipad.kernels.backend import host_wait
-from unipad.kernels.voxelize import grid_sample
+from unipad.kernels.voxelize import grid_subsample
 from unipad.model.mask import draw_voxel_mask
 from unipad.model.sparse import (
     ConvNormReLU,
@@ -58,7 +58,7 @@ class UnetEncoder(nn.Module):
                          points are in each cell, 0 where there is none.
             grid_coords: [M, 4] int32 (b, z, y, x) of the visible voxels, counted from the grid's lower corner.
         """
-        rows, coords, _, extent = grid_sample(points, point_counts, self.cfg.cell)
+        rows, coords, _, extent = grid_subsample(points, point_counts, self.cfg.cell)
         sample, *zyx = coords.unbind(1)
         # a point just below the grid's upper border may be rounded up to it
         axes = zip(zyx, self.first_voxel, self.voxel_counts, strict=True)
@@ -79,7 +79,7 @@ class UnetEncoder(nn.Module):
             rows:     [V] int64, the row in `points` of the point that stands for each voxel.
             voxel_of: [P] int64, the row in `features` of each point's voxel.
         """
-        rows, coords, voxel_of, extent = grid_sample(points, point_counts, self.cfg.cell)
+        rows, coords, voxel_of, extent = grid_subsample(points, point_counts, self.cfg.cell)
         return self._encode(points[rows], coords, extent, len(point_counts)), rows, voxel_of
 
     def _encode(self, points, coords, extent, B):

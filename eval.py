@@ -182,7 +182,7 @@ def main(args: Args):
         if task != "render" and task not in dataset_type.tasks:
             raise UserError(f"--dataset {dataset_name} does not support --task {task}; see unipad/data/dataset.py.")
         version = args.version or train_args.get("version", dataset_type.default_version)
-        with world.main_first():  # which may generate the city and build the index
+        with world.main_first():  # the main process may generate the city and build the index
             root = Path(
                 os.path.expanduser(
                     args.data_root or train_args.get("data_root") or dataset_type.default_root(recipe.data)

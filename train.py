@@ -169,7 +169,7 @@ def main(args: Args):
                 rngs = generators(args.seed, step, world.sample_slots(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
                     with autocast, progress.explains_divergence(net, step + 1):
-                        losses, rays_missed = model(batch.to(device), rngs)
+                        losses, rays_missed = model(batch.to(device), rngs)  # rays_missed: a fraction of the rays
                     loss = sum(losses.values())
                     scaler.scale(loss / args.accumulate).backward()
                 for name, value in {"loss": loss, **losses, "rays_missed": rays_missed}.items():

@@ -1,4 +1,4 @@
-"""ray_sample: kernels, and the references, eager and compiled.   python -m benchmarks.bench_ray_sample"""
+"""ray_sample: kernels, and the references, on a GPU also compiled.   python -m benchmarks.bench_ray_sample"""
 
 import torch
 import torch.nn.functional as F

@@ -6,7 +6,7 @@
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. In results named
 "cold" every run builds the neighbor tables, from unsorted coordinates as a peer does; in others ("warm" in the code)
-they are built once. Errors are relative to results computed in fp64.
+they are built once. All results are compared with results computed in fp64.
 Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with spconv's interface.
 """
 
@@ -153,7 +153,7 @@ class Encoders:
             cache = level.cache.setdefault(lib.__name__ + " encoder", {}) if keep else {}
             tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch, indice_dict=cache)
             with half():
-                return encoder(Peer(tensor)).dense()
+                return encoder(PeerTensor(tensor)).dense()
 
         return run
 
@@ -226,25 +226,25 @@ def peer_conv(lib, level, weight, geometry=None):
     return level.cache[key]
 
 
-class Peer:
+class PeerTensor:
     """A peer's tensor with the interface of our SparseTensor."""
 
     def __init__(self, tensor):
         self.tensor, self.features, self.dense = tensor, tensor.features, tensor.dense
 
     def replace(self, features):
-        return Peer(self.tensor.replace_feature(features))
+        return PeerTensor(self.tensor.replace_feature(features))
 
 
 class PeerConv(nn.Module):
-    """A peer's convolution, from `Peer` to `Peer`."""
+    """A peer's convolution, from `PeerTensor` to `PeerTensor`."""
 
     def __init__(self, conv):
         super().__init__()
         self.conv, self.weight = conv, conv.weight
 
     def forward(self, x):
-        return Peer(self.conv(x.tensor))
+        return PeerTensor(self.conv(x.tensor))
 
 
 class Pointwise(nn.Module):
@@ -347,7 +347,7 @@ def main(tune: bool = False):
             )
 
         sized = list(zip(levels, WIDTHS, strict=True))  # (level, channels)
-        # more channels than the recipe has: for these, matrix products should cost more than gathering
+        # more channels than the recipe has at this stage: for these, matrix products should cost more than gathering
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}

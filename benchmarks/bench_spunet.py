@@ -15,11 +15,11 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks.bench_sparse_conv import AGREE_DEEP, Peer, PeerConv, Pointwise, half, installed
+from benchmarks.bench_sparse_conv import AGREE_DEEP, PeerConv, PeerTensor, Pointwise, half, installed
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import scene
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
-from unipad.kernels.voxelize import grid_sample
+from unipad.kernels.voxelize import grid_subsample
 from unipad.model import sparse
 from unipad.model.unet import Unet
 from unipad.recipes import SEGMENT
@@ -29,7 +29,7 @@ CFG = SEGMENT["lidar"]["segment"].lidar
 
 def voxels_of(points, max_voxels):
     """[V, 4] int32 (b, z, y, x >= 0) of the `max_voxels` newest voxels of points [P, 5], in ascending order."""
-    rows, coords, *_ = grid_sample(points, [len(points)], CFG.cell)
+    rows, coords, *_ = grid_subsample(points, [len(points)], CFG.cell)
     lag = points[rows, 4]  # seconds: of the first point in each voxel
     coords = coords[lag.argsort(stable=True)[:max_voxels].sort().values]
     coords[:, 1:] -= coords[:, 1:].amin(dim=0)
@@ -68,7 +68,7 @@ class Nets:
         def run(features, weights, coords):
             shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # largest coordinate + 96, as in Pointcept
             with half():
-                return net(Peer(lib.SparseConvTensor(features, coords, shape, 1))).features
+                return net(PeerTensor(lib.SparseConvTensor(features, coords, shape, 1))).features
 
         return run
 
@@ -79,14 +79,14 @@ def as_peer(net, lib):
     for name, conv in list(twin.named_modules()):
         if not isinstance(conv, (sparse.SubMConv3d, sparse.SparseConv3d, sparse.SparseInverseConv3d)):
             continue
-        part, *numbers = name.split(".")  # e.g. enc.2.block0.conv1: enc, stage 2, ...
+        part, *rest = name.split(".")  # e.g. enc.2.block0.conv1: part enc, stage 2, ...
         kernel = list(conv.weight.shape[1:4])
         sizes = conv.weight.shape[4], conv.weight.shape[0], kernel  # channels in, out; kernel
         if kernel == [1, 1, 1]:
             theirs = Pointwise(conv.weight)
         else:
             # 0: the finest; of the two levels that "down" or "up" links, the finer one
-            level = {"conv_input": 0, "enc": 1}.get(part, 0) + int(numbers[0] if part != "conv_input" else 0)
+            level = {"conv_input": 0, "enc": 1}.get(part, 0) + int(rest[0] if part != "conv_input" else 0)
             if part == "down":
                 theirs = lib.SparseConv3d(*sizes, stride=2, bias=False, indice_key=f"between{level}")
             elif part == "up":

@@ -53,8 +53,8 @@ class Peer:
         self.op = getattr(module, "bev_pool_v2" if name == "BEVPoolv2" else "bev_pool")
 
     def __call__(self, features, depths, lidar2image, low, cell, shape, stride, depth_range):
-        geometry = pool._geometry(lidar2image, low, cell, depth_range, depths.shape[4])
-        voxel = pool._voxels_ref(*geometry, features.shape, shape, stride, truncate=False)  # [B * N * h * w * D]
+        matrices, bins = pool._geometry(lidar2image, low, cell, depth_range, depths.shape[4])
+        voxel = pool._voxels_ref(matrices, bins, features.shape, shape, stride, truncate=False)  # [B * N * h * w * D]
         point = (voxel < len(features) * math.prod(shape)).nonzero()[:, 0]  # larger: outside the grid
         return self.call_op(features.float(), depths.float(), point, voxel[point], shape).to(features.dtype)
 

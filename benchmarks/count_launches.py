@@ -46,7 +46,7 @@ class Operators(TorchDispatchMode):
 
 @contextmanager
 def kernels_replaced(make):
-    """Inside this context `kernel[grid]` is `make(original, kernel, grid)`, with Triton's `original` `__getitem__`."""
+    """Inside this context `kernel[grid]` is `make(original, kernel, grid)`; original: Triton's `__getitem__`."""
     original = KernelInterface.__getitem__
     with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(original, kernel, grid)):
         yield

@@ -3,7 +3,8 @@
     python -m benchmarks.count_sparse_conv
 
 Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is compiled from `LAUNCHES` of
-tests/kernels/test_sparse_*.py, so its table needs the test dependencies (pip install -e '.[test]').
+tests/kernels/test_sparse_tiles.py and test_sparse_gemm.py, so its table needs the test dependencies (pip install -e
+'.[test]').
 
 A pair is an output row and a neighbor that it reads at one offset; it needs one product, of the neighbor's row and a
 [Cin, Cout] matrix. "waste": products computed / products needed, above 1 since a tile (the output rows of a program)
@@ -151,7 +152,7 @@ def gather_gemm(table, c_in, c_out):
     order = by_mask(table, sparse_tiles.WINDOW)
     waste, reuse = waste_and_reuse(table, order, blocks.m)
     count = tiled(table, order, blocks.m)[1].sum(dim=0)  # [T] offsets at which a row of the tile has a neighbor
-    # steps: of the kernel's loop, per offset; tiles_o: tiles of output channels
+    # steps: of the kernel's loop, per offset, or with pack > 1 per `pack` offsets; tiles_o: tiles of output channels
     steps, tiles_o = -(-c_in // blocks.i) if blocks.pack == 1 else 1, -(-c_out // blocks.o)
     columns = (-(-count // blocks.pack)).sum().item() * steps * blocks.i  # of the gathered rows, over all tiles
     # int32: the offset and its rows in every step, then the number of offsets and the output rows of each tile
@@ -173,11 +174,12 @@ def d_weight_of_groups(table, c_in, c_out):
     """`Cost` of the gradient of the weights by groups of offsets, see `sparse_gemm._d_weight_of_groups`."""
     (K, M), pairs = table.shape, (table >= 0).sum().item()
     group, block_r = sparse_gemm.GROUP_OF[c_in], sparse_gemm.BLOCK_R
+    # a program sums one part of the rows for one group of offsets
     groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
     # if the L1 hits: for one block of outputs, a row that several offsets of a group read comes from the L2 once
     rows_read = sum(
-        (offsets >= 0).sum().item() / waste_and_reuse(offsets, torch.arange(M), block_r)[1]
-        for offsets in table.split(group)
+        (of_group >= 0).sum().item() / waste_and_reuse(of_group, torch.arange(M), block_r)[1]
+        for of_group in table.split(group)
     )
     # the table (int32), the gradients of the outputs, and sums (fp32): of each part written and read, the total written
     rest = 4 * K * M + groups * M * c_out * BYTES + (2 * parts + 1) * 4 * K * c_in * c_out
@@ -243,7 +245,7 @@ def print_layers(all_layers):
     print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {computed:.0f} computed; ", end="")
     print(f"{cached:.0f} MB if the L1 hits, {uncached:.0f} MB if it misses, minimum {minimum:.0f} MB.")
     tables = {id(t): t.nbytes for layer in all_layers for t in (layer.table, layer.inverse)}
-    print(f"Size of the tables, which making their tiles reads once: {sum(tables.values()) / 1e6:.0f} MB.\n")
+    print(f"Size of the tables, each of which is read once to make its tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
 
 
 # Machine code

@@ -3,7 +3,8 @@
     python -m benchmarks.count_views
 
 The counts guide the choice of block shapes: the views that a program skips, its active lanes, how often it reads the
-same row of features (the channels of one pixel), and how many rows a pixel or voxel sums.
+same row of features (the channels of one pixel), and how many terms are summed per pixel (in lift's backward) or rows
+per voxel (in voxel_pool).
 """
 
 import torch

@@ -24,7 +24,8 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
     u, v = ud / d.clamp(min=1e-5) / W, vd / d.clamp(min=1e-5) / H
     uvd = torch.stack([u, v, (d - near) / (far - near)], dim=-1) * 2 - 1
     visible = (d > 1e-5) & (uvd.abs() < 1).all(-1)
-    voxels = [s.nonzero()[:, 0] for s in visible]  # of each view; then padded to the largest number in a view
+    voxels = [s.nonzero()[:, 0] for s in visible]  # of each view
+    # padded to the largest number of voxels in a view
     uvd = nn.utils.rnn.pad_sequence([p[i] for p, i in zip(uvd, voxels, strict=True)], batch_first=True)
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
@@ -115,7 +116,7 @@ class EagerRenderer(nn.Module):
         return Rendered(**joined, points_sdf=None, of_volume=of_volume.to(volume), points_of_volume=None)
 
     def loss(self, rendered, rays):
-        """As `Renderer.loss`, sample by sample."""
+        """As `Renderer.loss`, one batch sample at a time; without the loss `points`."""
         terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_volume]
         return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 
@@ -242,7 +243,7 @@ def _weights(alpha):
 def _inverse_cdf(x, weights, n, jitter):
     """n + 1 ascending positions [R, n + 1], drawn between the edges x [R, S + 1] in proportion to the weights [R, S].
 
-    jitter: [R, 1] in [0, 1), shifts all of a ray; None: 0.5.
+    jitter: [R, 1] in [0, 1), shifts all positions of a ray; None: 0.5.
     """
     total = weights.sum(1, keepdim=True)
     pad = F.relu(1e-5 - total)

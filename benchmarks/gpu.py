@@ -45,7 +45,7 @@ from unipad.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"
-# Fraction of the total time for each --stages; time that a stage does not use goes to later ones
+# Fraction of the total time for each of the --stages; time that a stage does not use goes to later ones
 TIME_FRACTIONS = {"machine": 0.02, "selfcheck": 0.22, "steps": 0.18, "ops": 0.3, "tests": 0.2, "training": 0.08}
 # Benchmarks and their fractions of the time of stage ops, the most important first
 OPS = {
@@ -57,7 +57,7 @@ CURVE_STEPS = 60 if ON_GPU else 3  # stage training: steps that also run on a CP
 
 @dataclass(frozen=True)
 class Args:
-    minutes: float = 8.0  # for all stages
+    minutes: float = 8.0  # for all stages together
     stages: tuple[Literal[tuple(TIME_FRACTIONS)], ...] = tuple(TIME_FRACTIONS)  # stages to run, always in this order
     out: Path | None = None  # folder of the results (default: outputs/gpu/<time>)
     commit: str | None = None  # commit of this code, for results.csv (default: from git)

@@ -81,7 +81,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
     Args:
         op:        the op's name.
         reference: the op in PyTorch; all others must agree with its results, or with those of `exact`.
-        kernels:   the op itself, "triton" in the table; skipped on a CPU, where it is the reference.
+        kernels:   the op itself, "triton" in the table; skipped on a CPU, where the op runs its reference.
         peers:     {name: function} other implementations. All functions take a case's inputs.
         cases:     list of `Case`.
         agree:     largest error allowed, defined like AGREE; raise it only where rounding is known to cause more.

@@ -6,6 +6,8 @@
         --preset lidar-0.075-ablation --pretrained RUN --arms scratch pretrained --fractions 0.2 --steps 7000 --gpus 4
     python -m benchmarks.label_efficiency --figure docs/label_efficiency.png         # draw all results so far
 
+Give --flags and --pretrain-flags with an equals sign: --flags="--lr 1e-3 --workers 0".
+
 Pre-trains once on all training frames (or takes --pretrained). Then, for each label fraction, seed and number of steps,
 it fine-tunes the arms of the experiment:
 
@@ -30,9 +32,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -44,7 +47,7 @@ from unipad.exit import exit_on_user_error
 from unipad.run_folder import commit
 
 Arm = Literal["scratch", "pretrained", "frozen-random", "frozen-pretrained"]
-ARMS = ("scratch", "pretrained", "frozen-random", "frozen-pretrained")
+ARMS = get_args(Arm)
 CITY = Path("data/label-efficiency")
 CITY_SIZE = {"scenes": 128, "keyframes": 4}  # 360 keyframes to train on, 48 to choose settings with, 104 to validate on
 # Metrics by task: name -> (file of eval.py, its key)
@@ -52,6 +55,7 @@ METRICS = {
     "detect": {"NDS": ("metrics_summary.json", "nd_score"), "mAP": ("metrics_summary.json", "mean_ap")},
     "segment": {"mIoU": ("segmentation_summary.json", "miou")},
 }
+TITLES = {"camera": "Camera", "lidar": "LiDAR", "fusion": "Fusion"}
 
 
 @dataclass(frozen=True)
@@ -106,25 +110,12 @@ class Row:
 def main(args: Args):
     file = args.out / "results.csv"
     if args.figure:
-        draw(read_rows(file), args.figure)
+        rows = [row for row in read_rows(file) if row.variant == "default" and row.split == "val"]
+        draw(rows, args.figure)
+        draw_frame(args.out, rows, args.figure.with_stem(f"{args.figure.stem}_frame"))
         return
-    for script_flags in (args.flags, args.pretrain_flags):
-        if "--seed" in script_flags.split() or "--steps" in script_flags.split():
-            raise UserError("--seed and --steps do not go into --flags or --pretrain-flags; use --seeds and --steps.")
-    folder = args.out / (args.modality if args.task == "detect" else args.task) / args.variant
-    cases = [case[::-1] for case in product(args.steps, args.seeds, args.fractions, args.arms)]
-    rows = [row for row in read_rows(file) if is_of(args, row)]
-    others = {row.flags for row in rows} - {args.flags}
-    if others:
-        raise UserError(
-            f"{file} has runs of --variant {args.variant} with --flags '{others.pop()}'; name a new variant."
-        )
-    done = {row.case for row in rows}
-    missing = [
-        (arm, fraction, seed, steps)
-        for arm, fraction, seed, steps in cases
-        if (args.split, arm, fraction, seed, steps) not in done
-    ]
+    missing = missing_cases(args, read_rows(file))
+    folder = variant_folder(args.out, args)
     if missing:
         prepare(args, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -143,6 +134,34 @@ def main(args: Args):
             raise
     rows = [row for row in read_rows(file) if is_of(args, row) and row.split == args.split]
     print("\n".join(table(rows)))
+
+
+def missing_cases(args, rows):
+    """The (arm, fraction, seed, steps) of `args` without a row. Raises `UserError` where rows have other settings."""
+    for flags in (args.flags.split(), args.pretrain_flags.split()):
+        if "--seed" in flags or "--steps" in flags:
+            raise UserError("--seed and --steps do not go into --flags or --pretrain-flags; use --seeds and --steps.")
+    rows = [row for row in rows if is_of(args, row)]
+    pretrained = f"{args.pretrained or variant_folder(args.out, args) / 'pretrained'}, "
+    for row in rows:
+        if row.flags != args.flags or row.pretrained and not row.pretrained.startswith(pretrained):
+            raise UserError(
+                f"--variant {args.variant} has runs with --flags '{row.flags}' and the pre-training run "
+                f"'{row.pretrained}' in {args.out}; name a new variant."
+            )
+    done = {row.case for row in rows}
+    cases = [case[::-1] for case in product(args.steps, args.seeds, args.fractions, args.arms)]
+    return [case for case in cases if (args.split, *case) not in done]
+
+
+def variant_folder(out, settings):
+    """The folder of the runs of a variant; settings: `Args` or a `Row`."""
+    return out / (settings.modality if settings.task == "detect" else settings.task) / settings.variant
+
+
+def run_folder(out, settings, arm, fraction, steps, seed):
+    """The folder of a fine-tuning run."""
+    return variant_folder(out, settings) / f"{arm}-{fraction:g}-{steps}-{seed}"
 
 
 def is_of(args, row):
@@ -164,7 +183,7 @@ def prepare(args, folder):
 
 def measure(args, folder, arm, fraction, seed, steps):
     """Fine-tune one arm and evaluate it: its rows."""
-    path = folder / f"{arm}-{fraction:g}-{steps}-{seed}"
+    path = run_folder(args.out, args, arm, fraction, steps, seed)
     from_pretrained = arm.endswith("pretrained")
     source = (args.pretrained or folder / "pretrained") if from_pretrained else args.init
     flags = ["--task", args.task, "--label-fraction", fraction, "--seed", seed, "--steps", steps, "--val-every", 0]
@@ -286,38 +305,71 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def draw(rows: list[Row], file: Path):
     """Draw metrics over label fractions: a panel per task, modality and metric; a line per arm and number of steps."""
-    rows = [row for row in rows if row.variant == "default" and row.split == "val"]
     if not rows:
         raise UserError(
             "results.csv in --out has no rows of the variant `default` on the split `val`: nothing to draw."
         )
     panels = sorted({(row.task, row.modality, row.metric) for row in rows})
     columns = min(4, len(panels))
-    figure = Figure(figsize=(3.2 * columns, 3 * -(-len(panels) // columns)), dpi=120, layout="constrained")
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.8 * lines + 0.4), dpi=120, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     colors = dict(zip(ARMS, matplotlib.colormaps["tab10"].colors, strict=False))
+    schedules = sorted({row.steps for row in rows})
+    legend = {}
     for axis, panel in zip(axes, panels, strict=False):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
         values = by_seed(of_panel, "arm", "steps", "fraction")
-        for arm, steps in sorted({key[:2] for key in values}, key=lambda line: ARMS.index(line[0])):
-            x = sorted(key[2] for key in values if key[:2] == (arm, steps))
-            points = [list(values[arm, steps, fraction].values()) for fraction in x]
+        for arm, steps in sorted({key[:2] for key in values}, key=lambda line: (ARMS.index(line[0]), line[1])):
+            fractions = sorted(key[2] for key in values if key[:2] == (arm, steps))
+            points = [list(values[arm, steps, fraction].values()) for fraction in fractions]
             deviations = [np.std(found, ddof=1) if len(found) > 1 else 0 for found in points]
-            percent = [100 * fraction for fraction in x]
-            axis.errorbar(
-                percent, [np.mean(found) for found in points], deviations,
-                color=colors[arm], label=f"{arm}, {steps} steps", marker="o", markersize=3, capsize=2,
+            shift = 1.03 ** (ARMS.index(arm) - 1.5)  # beside each other, so that no arm hides another's error bar
+            line = axis.errorbar(
+                [100 * fraction * shift for fraction in fractions], [np.mean(found) for found in points], deviations,
+                color=colors[arm], marker="osD^v"[schedules.index(steps) % 5], markersize=4, capsize=2,
             )  # fmt: skip
+            legend.setdefault(f"{arm}, {steps} steps" if len(schedules) > 1 else arm, line)
         task, modality, metric = panel
-        axis.set(xscale="log", xlabel="labels, %", ylabel=metric, title=f"{task}, {modality}", ylim=(0, None))
-        axis.set_xticks(sorted({100 * row.fraction for row in of_panel}))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        title = TITLES[modality] + (" segmentation" if task == "segment" else " detection")
+        axis.set(xscale="log", xlabel="labels, %", ylabel=metric, title=title, ylim=(0, 1.05 * axis.get_ylim()[1]))
+        ticks = sorted({100 * row.fraction for row in of_panel})
+        axis.set(xticks=ticks, xlim=(ticks[0] / 1.4, ticks[-1] * 1.4))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.axis("off")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def draw_frame(out: Path, rows: list[Row], file: Path):
+    """Draw one frame as each arm sees it, from above: a line of pictures per modality of detection.
+
+    Of the runs with the fewest labels, the most steps and the first seed; drawn where `scratch` and `pretrained` exist.
+    """
+    lines = []
+    for modality in sorted({row.modality for row in rows if row.task == "detect"}):
+        of_modality = [row for row in rows if (row.task, row.modality) == ("detect", modality)]
+        runs = {(row.fraction, -row.steps, row.seed) for row in of_modality if row.arm == "scratch"}
+        runs &= {(row.fraction, -row.steps, row.seed) for row in of_modality if row.arm == "pretrained"}
+        if runs:
+            fraction, steps, seed = min(runs)
+            cases = [(arm, fraction, -steps, seed) for arm in ("scratch", "pretrained")]
+            files = [run_folder(out, of_modality[0], *case) / "eval-val" / "boxes_1.png" for case in cases]
+            lines.append((f"{TITLES[modality]}, {100 * fraction:.3g} % of the labels", files))
+    if not lines:
+        return
+    figure = Figure(figsize=(8, 4.1 * len(lines)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(lines), 2, squeeze=False)
+    for (title, files), of_line in zip(lines, axes, strict=True):
+        for arm, picture, axis in zip(("scratch", "pretrained"), files, of_line, strict=True):
+            pixels = matplotlib.image.imread(picture)
+            axis.imshow(pixels[:, : len(pixels)])  # the view from above is the square at the left
+            axis.set_title(f"{title}: {arm}", fontsize=9)
+            axis.axis("off")
     figure.savefig(file)
 
 

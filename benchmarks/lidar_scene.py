@@ -60,6 +60,7 @@ def scene(seed=0, device="cpu"):
 def _boxes(uniform, n, size, height, far):
     """[n, 6] lower and upper corners of boxes on the ground, up to `far` meters from the sensor.
 
+    uniform: draws random numbers, as in `scene`.
     size: (smallest, largest) length and width in meters. height: largest height in meters.
     """
     angle, distance = uniform(n, 0, 2 * math.pi), uniform(n, 6, far)

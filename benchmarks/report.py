@@ -9,7 +9,7 @@ TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "re
 KEYS = ("op", "case", "impl", "fwd_ms", "both_ms", "gpu_ms", "peak_mb", "error", "note")
 STEP_TITLES = ["recipe", "loss", "reference", "gradient norm", "reference", "ms", "GPU ms", "idle", "launches", "MB"]
 BEGIN, END = "<!-- verified: written by python -m benchmarks.gpu -->", "<!-- /verified -->"
-# op -> part of the name of the case that the README shows, of the size in a recipe; other ops show their last case
+# op -> part of the name of the case that the README shows: the size in a recipe; other ops show their last case
 README_CASES = {
     "sdf_render": "R=3072",
     "lift": "camera-0.1 bfloat16, 6 views, 128",
@@ -114,7 +114,7 @@ def _steps(records):
 
 
 def _curves(runs):
-    """Yield a line about the training on each device, and one per 20 steps that ran on both with their mean losses."""
+    """Yield a line about the training on each device, and for every 20 steps that ran on both a line of mean losses."""
     for r in runs:
         metrics = ", ".join(f"{k} {v:.3f}" for k, v in r.items() if k.startswith("val/"))
         steps = len(r["curve"])
@@ -160,7 +160,7 @@ def _ms(row):
 
 
 def _fastest_peer(row, rows):
-    """The fastest other implementation of the same case; not the op's own variants, such as "triton, bit-equal"."""
+    """The fastest peer or reference of the same case; not the op's own variants, such as "triton, bit-equal"."""
     same = ("device", "op", "case", "commit")
     peers = [r for r in rows if all(r[k] == row[k] for k in same) and not r["impl"].startswith("triton") and _ms(r)]
     return min(peers, key=_ms, default=None)

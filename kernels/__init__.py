@@ -1,8 +1,8 @@
 """Hand-written Triton kernels: tensors in, tensors out, independent of the rest of the project.
 
     backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, waits of the host for the GPU
-    voxelize.py     points -> voxels with the mean of their points, or one point per cell
-    voxel_keys.py   voxels sorted by key
+    voxelize.py     points -> voxels with the mean of their points; grid sampling: one point of each voxel
+    voxel_keys.py   voxels sorted by linear index, their key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
     sparse_outputs.py ... the output voxels of strided and transposed convolutions
     sparse_conv.py  convolution over a neighbor table; for inference, with a fused epilogue
@@ -14,7 +14,7 @@
     pixel_sum.py    ... its gradients without atomics
     voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points inside it
     rotated_iou.py  IoU of rotated boxes, non-maximum suppression
-    ray_sample.py   ray-box clipping, stratified samples, inverse-CDF resampling with rank merge
+    ray_sample.py   ray-box clipping, stratified samples, inverse-CDF resampling
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
     composite.py    front-to-back compositing of samples along rays

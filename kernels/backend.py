@@ -24,7 +24,8 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
 
     triton = tl = _Absent()
 
-# Set by tests: ops run their kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1).
+# Set by tests and benchmarks.count_launches: ops run their kernels on CPU tensors too, in Triton's interpreter
+# (TRITON_INTERPRET=1).
 interpret = False
 _references_only = False
 waiting_for = None  # reason of the active `host_wait`; read by tests

@@ -5,14 +5,14 @@ Z + 1 cells: the first and the last are bounded by voxels on one side only, beyo
 
 The loss depends on a sample's interpolated feature f, and on the gradient g of its signed distance w.r.t. the point:
 
-    d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_feature + (b . v) feature_hat
+    d_volume_voxel = sum over its 8 cells, over the samples in each:  a d_feature + (b . v) feature_hat
 
-where w is the voxel's interpolation weight for the sample, b = dw / dpoint, d_feature = dL / df, v = dL / dg, and
+where a is the voxel's interpolation weight for the sample, b = da / dpoint, d_feature = dL / df, v = dL / dg, and
 feature_hat = d distance / df; see `sdf_backward`, whose last formula this is. The sort is stable, so each cell sums its
 samples in a fixed order.
 
-Part of `sdf_render`, which uses it under `torch.use_deterministic_algorithms(True)`: the reference is the gradient of
-`trilinear_ref`. No benchmark times it.
+Part of `sdf_render`, which uses it under `torch.use_deterministic_algorithms(True)`; the reference is the gradient of
+`trilinear_ref`. No benchmark times it: that of `sdf_render` does not set this mode.
 """
 
 import torch

@@ -11,9 +11,9 @@ features are read only from views that see it: 1.1 on average with nuScenes' six
 
 A program handles a block of voxels adjacent in x and y, most of which project into the same view and pixels. The
 backward adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where
-many do, and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted
-by the square between four pixels (a "quad") that they lie in, and each pixel gathers its gradients from the quads
-around it. Such a level is called gathered.
+many do, and on every level under strict determinism, it records each projection that the view sees (a "hit") instead:
+the hits are sorted by the square between four pixels (a "quad") that they lie in, and each pixel gathers its gradients
+from the quads around it. Such a level is called gathered.
 """
 
 import math
@@ -65,8 +65,8 @@ def lift(
         assert feature.shape == (B, N, h, w, C), f"level {tuple(feature.shape)} is not [{B}, {N}, h, w, {C}]"
         assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not match {tuple(feature.shape)}"
         assert h * w * D, f"empty level: {h} x {w} pixels, {D} depth bins"
-    hits = len(features) * B * N * math.prod(shape)
-    assert hits < 2**31, "views x voxels of all levels must fit 32 bits: use fewer samples"
+    max_hits = len(features) * B * N * math.prod(shape)
+    assert max_hits < 2**31, "views x voxels of all levels must fit 32 bits: use fewer samples"
     if not on_triton(features[0]):
         return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
     return Lift.apply(lidar2image.detach(), low, cell, shape, image_size, depth_range, *features, *depths)
@@ -87,7 +87,7 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
         h, w = feature.shape[2:4]
-        x, x_weight = _nodes_ref(u, w)  # [2, P] each
+        x, x_weight = _nodes_ref(u, w)  # [2, P] each; x, y and z: column, row and depth bin
         y, y_weight = _nodes_ref(v, h)
         z, z_weight = _nodes_ref(d, D)
         pixel = ((view * h + y)[:, None] * w + x).flatten(0, 1)  # [4, P]
@@ -112,7 +112,7 @@ def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
     X, Y, Z = shape
     low, cell = (torch.tensor(t, dtype=torch.float32, device=lidar2image.device).double() for t in (low, cell))
     index = torch.arange(max(shape), device=lidar2image.device)[:, None]
-    # in fp64, rounded once, like a fused multiply-add: a corner off by one ulp could cross an image border
+    # in fp64, rounded once, so that kernel and reference project the same corner: one ulp can cross an image border
     x, y, z = (index * cell + low).float().T
     x, y, z = x[:X], y[:Y, None], z[:Z, None, None]  # [X], [Y, 1], [Z, 1, 1]
 
@@ -179,7 +179,7 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
     ends, quads = list(accumulate(pixels)), sum(pixels)  # a quad per pixel: the one right of and below it
     # a radix sort takes half as many passes with 16-bit keys as with 32-bit ones
     key_type = torch.int16 if quads < 2**15 else torch.int32
-    # stays `quads`, sorted after all of them, where a view does not see a voxel
+    # an entry stays `quads`, which sorts after every quad, where the view does not see the voxel
     quad_idx = torch.full((len(gathered), B * N * V), quads, dtype=key_type, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
 
@@ -215,11 +215,11 @@ MAX_VOXELS = 32  # per program, at most: with few channels the tiles would hold 
 COARSE = 4  # a level is coarse if the volume has at least this many voxels per pixel of the level's views
 
 
-def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
+def _launch(kernel, tile_bytes, features, depths, lidar2image, geometry, **rest):
     """Launch the forward or backward kernel with their common arguments and `rest`."""
     B, N, _, _, C = features[0].shape
     X, Y, Z = geometry["shape"]
-    blocks = _blocks(tile // features[0].element_size(), C)
+    blocks = _blocks(tile_bytes // features[0].element_size(), C)
     kernel[(triton.cdiv(X, blocks["BLOCK_X"]) * triton.cdiv(Y, blocks["BLOCK_Y"]) * Z, B)](
         feature_ptrs=tuple(features), depth_ptrs=tuple(depths), lidar2image_ptr=lidar2image,
         sizes=tuple(tuple(feature.shape[2:4]) for feature in features), N=N, C=C, D=depths[0].shape[4],
@@ -227,10 +227,10 @@ def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
     )  # fmt: skip
 
 
-def _blocks(tile, C):
-    """Block sizes of a program with `tile` values, voxels x channels."""
+def _blocks(values, C):
+    """Block sizes of a program with that many values, voxels x channels."""
     BLOCK_C = triton.next_power_of_2(C)
-    voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
+    voxels = min(max(values // BLOCK_C, 1), MAX_VOXELS)
     BLOCK_X = 1 << (voxels.bit_length() // 2)  # equal to BLOCK_Y or twice as large
     return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
 
@@ -255,7 +255,7 @@ def _lift_fwd_kernel(
         u, v, d, visible = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
         if tl.max(visible.to(tl.int32), axis=0) > 0:
             mask = visible[:, None] & c_ok[None, :]
-            z0, z1, z_weight = _nodes(d, D)
+            z0, z1, z_weight = _nodes(d, D)  # depth bins, not the corner's z
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
                 pixels, weights = _taps(view, u, v, h, w)
@@ -293,7 +293,7 @@ def _lift_bwd_kernel(
         u, v, d, visible = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
         if tl.max(visible.to(tl.int32), axis=0) > 0:
             mask = visible[:, None] & c_ok[None, :]
-            z0, z1, z_weight = _nodes(d, D)
+            z0, z1, z_weight = _nodes(d, D)  # depth bins, not the corner's z
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
                 pixels, weights = _taps(view, u, v, h, w)
@@ -327,7 +327,7 @@ def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
     z = block // (along_x * along_y)
     i = (z * shape[1] + y) * shape[0] + x
     ok = (x < shape[0]) & (y < shape[1])
-    # rounded once, like a fused multiply-add: a corner off by one ulp could cross an image border
+    # in fp64, rounded once: exactly the corners of `_project_ref`
     x = (x.to(tl.float64) * cell[0] + low[0]).to(tl.float32)
     y = (y.to(tl.float64) * cell[1] + low[1]).to(tl.float32)
     z = (z.to(tl.float64) * cell[2] + low[2]).to(tl.float32)

@@ -38,7 +38,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
 
 HIT = tl.constexpr(5)  # values per hit
 # Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
-TILE = 1024  # per program: rows ("lanes", not of a warp: each sums one hit at a time) x channels or bins
+TILE = 1024  # per program: lanes x channels or bins; a lane, here a row of the tile, sums one hit at a time
 MAX_LANES = 8  # lanes that share the hits of a pixel, at most
 
 

@@ -38,7 +38,7 @@ def clip_rays(
         near:       smallest distance from the origin at which a ray may start.
 
     Returns:
-        enter, leave: [R] distances, leave >= enter + 1e-6 up to rounding. A ray that misses gets near and near + 1, so
+        enter, leave: [R] distances, leave >= enter + 1e-6 up to rounding; near and near + 1 where `hit` is False, so
                       that what follows stays finite.
         hit:          [R] bool; False where the ray misses the box, starts beyond it, or leaves it before `near`.
 
@@ -322,7 +322,7 @@ def _resample_kernel(
 
     jitter = tl.load(jitter_ptr + r, mask=r_ok, other=0.0).to(acc_ty)
     u = (j + jitter[:, None]) / (N + 1)  # [BLOCK_R, BLOCK_N]
-    new = tl.full((BLOCK_R, BLOCK_N), float("inf"), acc_ty)  # inf until the sweep reaches the interval
+    new = tl.full((BLOCK_R, BLOCK_N), float("inf"), acc_ty)  # inf until the sweep reaches its interval
     rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)  # index of each new start in the merged list
     mass = tl.zeros((BLOCK_R,), tl.float64)
     cdf = tl.zeros((BLOCK_R,), acc_ty)

@@ -7,14 +7,14 @@ of the center.
 The area of the intersection of a and b is an integral along the outline of b alone (Green's theorem). In a's frame, x
 along its heading and l, w its size, a is |x| <= l / 2, |y| <= w / 2, and
 
-    area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy  over |y| <= w / 2
+    area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy
 
-(over the part of the edge there), because clamp(x) has derivative 1 for |x| < l / 2 and 0 beyond. No polygon is built,
-no corners are sorted, and there is no list of vertices to index. The integral is continuous in the corners, so an edge
-on the border of a, parallel to it, or of length 0 needs no special case, as it would in polygon clipping. Corners are
-relative to a's center, so that no precision is lost far from the origin.
+each over the part of the edge with |y| <= w / 2, because clamp(x) has derivative 1 for |x| < l / 2 and 0 beyond. No
+polygon is built, no corners are sorted, and there is no list of vertices to index. The integral is continuous in the
+corners, so an edge on the border of a, parallel to it, or of length 0 needs no special case, as it would in polygon
+clipping. Corners are relative to a's center, so that no precision is lost far from the origin.
 
-Sizes: N and M boxes, or N pairs of boxes; W words of 32 bits, one bit per box.
+Sizes: N and M boxes, or N pairs of boxes; in suppression, W words of 32 bits, one bit per box.
 """
 
 import torch
@@ -107,7 +107,7 @@ def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
         threshold: a box is suppressed if its IoU with a kept box that ranks higher is greater than this.
 
     Returns:
-        rows: [K] int64 rows of `boxes`, by descending score.
+        rows: [K] int64 rows of `boxes` that are kept, by descending score.
 
     Deterministic. Waits for the device once, for K. Allocates N^2 / 8 bytes. Not differentiable.
     """
@@ -175,7 +175,7 @@ def _clamp_sizes(boxes, first, end):
 
 
 def _overlap_ref(a, b):
-    """[P] area in square meters of the intersection of a [P, 5] and b [P, 5]."""
+    """[P] areas in square meters of the intersections of P pairs of boxes, a [P, 5] with b [P, 5]."""
     (dx, dy), (half_w, half_l), (half_w_b, half_l_b) = (b - a)[:, :2].T, a[:, 2:4].T / 2, b[:, 2:4].T / 2
     cos_a, sin_a, yaw = a[:, 4].cos(), a[:, 4].sin(), b[:, 4] - a[:, 4]
     # b in a's frame: center, heading, half axes along and across the heading
@@ -218,7 +218,7 @@ def _ratio_ref(intersection, size_a, size_b):
     return torch.where(union > 0, intersection / union, 0)
 
 
-BLOCK_N = 16  # boxes of a per program of the IoU kernel, of 8 warps: two pairs per lane; four pairs would spill
+BLOCK_N = 16  # boxes of a per program of the IoU kernel, of 8 warps: two pairs per lane, in at most 64 registers
 BLOCK_M = 32  # boxes of b per program
 BLOCK_P = 128  # pairs per program of `paired_iou_3d`, of 4 warps: one per lane
 

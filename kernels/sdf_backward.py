@@ -11,16 +11,16 @@ Colors and opacities depend on the gradient g of the distance, so training needs
     dL/dtheta through g = v^T dg/dtheta = d(g . v)/dtheta at fixed v :
 
 the gradient of *one* number, the derivative g . v of the distance along v. The backward of the distance is therefore
-reverse mode over the MLP and its tangent along v. z. (in the code z_dot; of f: along) is the derivative of z along v,
-z- (d_z) that of L w.r.t. z, z^ (z_hat) that of the distance w.r.t. z:
+reverse mode over the MLP and its tangent along v. z. (in the code z_dot; f. is called along) is the derivative of z
+along v, z- (d_z) that of L w.r.t. z, z^ (z_hat) that of the distance w.r.t. z:
 
     z._l = W_l x._l + A_l f. + E_l (v, 0),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
     x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = (1, 0, ...)   (the reverse pass that gave g)
     x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l,   z-_last = dL/dz_last
     W-_l = z-_l x_l^T + z^_l x._l^T,   A-_l = z-_l f^T + z^_l f.^T,   f- = sum_l A_l^T z-_l,   f^ = sum_l A_l^T z^_l
 
-(E- as W-; f- also has the gradient through the color MLP), with the matrices of `sdf_field`. A corner of a sample's
-cell with interpolation weight a and b = da / dp adds a f- + (b . v) f^ to the gradient of its voxel.
+(E- as W-, with e for x; f- also has the gradient through the color MLP), with the matrices of `sdf_field`. A corner of
+a sample's cell with interpolation weight a and b = da / dp adds a f- + (b . v) f^ to the gradient of its voxel.
 
 The reference is the gradient of `sdf_render_ref` by autograd; timed by benchmarks.bench_sdf_render.
 Sizes as in `sdf_render`.
@@ -154,7 +154,7 @@ def _sdf_render_bwd_rgb_kernel(
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    STRIDE: tl.constexpr = C + 2 * H + INPUTS
+    STRIDE: tl.constexpr = C + 2 * H + INPUTS  # columns of W, A, G and E, as packed by `sdf_field.pack`
     ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLORS
     last: tl.constexpr = (RGB_LAYERS - 1) * H * STRIDE
     d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * STRIDE
@@ -207,7 +207,7 @@ def _sdf_render_bwd_rgb_kernel(
 
             if RGB_LAYERS > 0:
                 feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
-                # not stored (False): only the geometry is needed here
+                # False: activations are not stored, only the geometry is needed here
                 x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, False, C, H, SDF_LAYERS, PREC)
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
                 e = rgb_inputs(point, direction, gradient)
@@ -271,8 +271,8 @@ def _sdf_render_bwd_sdf_kernel(
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    STRIDE: tl.constexpr = C + H + INPUTS
-    ROWS: tl.constexpr = SDF_LAYERS * H + 1
+    STRIDE: tl.constexpr = C + H + INPUTS  # columns of W, A and E, as packed by `sdf_field.pack`
+    ROWS: tl.constexpr = SDF_LAYERS * H + 1  # the last layer has 1 + H: distance and geometry
     d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * STRIDE
     scratch_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 1) * BLOCK_M * H
     tangents_ptr = scratch_ptr + (SDF_LAYERS - 1) * BLOCK_M * H

@@ -16,7 +16,7 @@ and E side by side. C and H are powers of two from 16 on. `pack` pads with zeros
 of padded rows are multiplied by padded columns only.
 
 Sizes: M samples per tile, CHANNELS of the volume and C the same padded, H hidden units (padded), LAYERS of the MLP.
-PREC: input precision of `tl.dot`. `tl.debug_barrier` is CUDA's __syncthreads.
+PREC: input precision of `tl.dot`.
 """
 
 import torch
@@ -299,7 +299,10 @@ def sdf_hidden(
     e, feature, mlp_ptr, scratch_ptr,
     STORE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Input of the last layer, [M, H]; with STORE, those of the layers before it are written to the scratch."""
+    """Input of the last layer, [M, H]; with STORE, those of the layers before it are written to the scratch.
+
+    The caller needs a `tl.debug_barrier` before the scratch is read, and one before it is overwritten.
+    """
     STRIDE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)

@@ -253,7 +253,7 @@ def _sdf_values_kernel(
         origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
     )
     feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
-    # False: activations are not stored, so the second mlp_ptr, in place of scratch, is not used
+    # 1.0: the bias's entry. False: activations are not stored, so the second mlp_ptr, in place of scratch, is not used
     x = sdf_hidden(sdf_inputs(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
     tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
@@ -276,7 +276,7 @@ def _sdf_render_fwd_kernel(
     scratch_ptr += tl.program_id(0).to(tl.int64) * (SDF_LAYERS - 1) * BLOCK_R * BLOCK_S * H
     for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # transmittance up to the tile
-        if STOP > 0:  # 0 for rays that miss or do not exist, which need no samples
+        if STOP > 0:  # then `passed` starts at 0 for rays that miss or do not exist: they need no samples
             ray = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
             passed = tl.load(hit_ptr + ray, mask=ray < R, other=0).to(tl.float32)
         total = tl.zeros((BLOCK_R,), tl.float32)

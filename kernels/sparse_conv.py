@@ -28,10 +28,10 @@ def sparse_conv(
     Args:
         features:     [N, Cin] fp16, bf16 or fp32; fp64 runs the reference.
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
-        neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset, -1 for none; no row is
-                      read twice at one offset. Entries are not checked. Or a `NeighborTable`, which caches the layouts
-                      that kernels derive from it for all convolutions and gradients; for a tensor they are computed on
-                      every call, unless a `NeighborTable` of this tensor exists.
+        neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset, -1 for none. At one
+                      offset, no row may be read by two outputs. Entries are not checked. Or a `NeighborTable`, which
+                      caches the tiles and pairs that kernels derive from it for all convolutions and gradients; for a
+                      tensor they are computed on every call, unless there is a `NeighborTable` of this tensor.
         inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Entries are not checked. Or
                       its `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution
                       with an odd kernel; gradients then use the cache of `neighbor_idx`.

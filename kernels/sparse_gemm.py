@@ -44,7 +44,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
         )  # fmt: skip
 
     def run_trial(blocks):
-        launch(blocks, table.trial())  # a copy, which adds nothing to the cache: each trial makes its tiles
+        launch(blocks, table.trial())  # a copy: tiles made in a trial are not cached, so every trial makes them
 
     kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
     launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), run_trial, features.device))
@@ -147,13 +147,13 @@ class Blocks(NamedTuple):
 
 
 # All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90. Tiles of
-# more than 8192 sums have 8 warps: with 4, each thread would hold more than 64 sums.
+# more than 8192 sums have 8 warps (in `_d_weight_of_groups`, of 8192 too): with 4, each thread would hold more than 64.
 # Pipeline stages, (default, fewer). With 5, indices are loaded two steps before the rows that they name, and rows two
 # steps before their product; with 3, one step each. AMD GPUs have less shared memory for that.
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
 # Up to this many rows, tiles have 64 rows by default, else 128, which read the weights half as often (at the LiDAR
-# encoder's stage 4, 45 MB, not 89) but leave half as many programs.
+# encoder's stage 4, 45 MB, not 89) but leave half as many programs. Always 64: fp32 without tf32, `_elementwise` rows.
 FEW_ROWS = 8192
 BLOCK_R = 64  # pairs, or rows of a part, per step of the gradient of the weights
 MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums

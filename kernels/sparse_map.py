@@ -129,8 +129,8 @@ def strided_map(
         coords:   [N, 4] int32 (b, z, y, x), unique and inside the grid, in any order.
         shape:    cells (Z, Y, X) of the input.
         kernel, stride, padding, dilation: cells (z, y, x), as torch's conv3d.
-        batch_size: number of samples. If it is given and all output keys fit 32 bits, a GPU sorts those instead of
-            64-bit keys.
+        batch_size: number of samples. If it is given and all output keys fit 32 bits, a GPU sorts 32-bit keys instead
+            of 64-bit ones.
         keys, order: from `sort_voxels`, if already computed; order None: `coords` are sorted by key.
 
     Returns:

@@ -55,9 +55,9 @@ class Chunks(NamedTuple):
 WINDOW = 1024
 BLOCK_K = 8  # offsets per step of a loop, or per program
 BLOCK_C = 16  # chunks per program
-# Bits of the sort key, one per offset; with more than 48, consecutive offsets share a bit and may carry into the next.
-# The rest of an int64 holds the row's number in the window. With more than MAX_SORTED offsets, 16 per bit, keys could
-# reach that of the padding, 1 << 52, so rows are not sorted then.
+# Bits of the sort key, one per offset; beyond 48 offsets, consecutive ones share a bit and may carry into the next. The
+# rest of an int64 holds the row's number in the window. With more than MAX_SORTED offsets, 16 per bit, keys could reach
+# that of the padding, 1 << 52, so rows are not sorted then.
 KEY_BITS, MAX_SORTED = 48, 768
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`

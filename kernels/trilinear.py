@@ -96,11 +96,11 @@ def _corners(volume, points, volume_idx):
     low = point.detach().floor()
     fraction = point - low
     corner = torch.stack([low, low + 1])  # [2, 3, N]
-    exists = (corner >= 0) & (corner < size)
-    inside = exists.to(dtype)
-    weight = torch.stack([1 - fraction, fraction]) * inside
-    slope = torch.stack([-inside[0], inside[1]])
-    x, y, z = corner.where(exists, 0).long().unbind(1)  # [2, N] each
+    inside = (corner >= 0) & (corner < size)
+    exists = inside.to(dtype)  # 0 or 1
+    weight = torch.stack([1 - fraction, fraction]) * exists
+    slope = torch.stack([-exists[0], exists[1]])
+    x, y, z = corner.where(inside, 0).long().unbind(1)  # [2, N] each
     first_z = volume_idx.long().repeat_interleave(points.shape[1]) * Z  # [N], where volumes are stacked along z
     rows = ((first_z + z[:, None, None]) * Y + y[:, None]) * X + x  # [2, 2, 2, N]
     return rows.flatten(0, 2).t().contiguous(), weight, slope

@@ -127,7 +127,7 @@ def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
 
 
 @torch.no_grad()
-def grid_sample(
+def grid_subsample(
     points: Tensor, point_counts: Tensor | Sequence[int], cell: float, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[list[int], list[int]]]:
     """One point of each occupied cell, for segmentation.
@@ -147,8 +147,8 @@ def grid_sample(
     Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
     e.g. because a point is not finite, and if `check_grid` rejects the extent. Plain PyTorch on every device, without a
     Triton kernel. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their
-    coordinates, not their borders. (The original's copy of GridSample rounds towards zero, so that cells next to the
-    origin are twice as long.)
+    coordinates, not their borders. (The original's copy of GridSample rounds towards zero, so that the cells at x = 0,
+    y = 0 or z = 0 are twice as long across that plane.)
     """
     counts, P = _check(points, point_counts), len(points)
     assert cell > 0, f"cells have a size above 0, not {cell}"
@@ -234,7 +234,7 @@ def _mark_first_kernel(
     P, NO_KEY: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write, for the first point of each voxel, where the voxel's points start in `order`; -1 for other points."""
-    q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P] positions in `order`; p: rows of points
     q_ok = q < P
     key = tl.load(keys_ptr + q, mask=q_ok, other=NO_KEY)
     previous = tl.load(keys_ptr + q - 1, mask=q_ok & (q > 0), other=-1)
@@ -258,7 +258,7 @@ def _mean_kernel(
 
     total = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_V,), tl.int32)
-    member = v_ok
+    member = v_ok  # whether the point at q + count is one of the voxel's and is used
     while tl.max(member.to(tl.int32), axis=0) > 0:
         p = tl.load(order_ptr + q + count, mask=member, other=0)
         total += tl.load(points_ptr + p[:, None] * C + c, mask=member[:, None] & (c < C), other=0.0)

@@ -4,13 +4,13 @@
     python -m tests.accidents --moments 9 --only "full disk"    # one kind of accident
     python -m tests.accidents --moment 12                       # the moment of number 12 only, with the run's stderr
 
-Each moment starts train.py or finetune.py, with a data loading process and without a cached index, and waits until it
-has used a random part of the CPU time of an undisturbed run. It may then be at the imports, the indexing of the
-dataset, a step, the writing of a checkpoint or a validation. Then one of `ACCIDENTS` happens. The run must end with the
-exit code that the README promises and a last line that fits it, without a traceback, and leave neither partial files
-(kill -9 may: the resumed run removes them) nor data loading processes. Its last checkpoint must be intact and recent
-enough. With `--resume auto` it must reach the end, and all numbers in the log, but speed and memory, and all weights
-must equal those of the undisturbed run.
+Each moment (one trial) starts train.py or finetune.py, with a data loading process and without a cached index, and
+waits until it has used a random part of the CPU time of an undisturbed run. It may then be at the imports, the indexing
+of the dataset, a step, the writing of a checkpoint or a validation. Then one of `ACCIDENTS` happens. The run must end
+with the exit code that the README promises and a last line that fits it, without a traceback, and leave neither partial
+files (kill -9 may: the resumed run removes them) nor data loading processes. Its last checkpoint must be intact and
+recent enough. With `--resume auto` it must reach the end, and all numbers in the log, but speed and memory, and all
+weights must equal those of the undisturbed run.
 
 Linux only. The full disk is a tmpfs where this user may mount one, otherwise a limit on the size of files.
 """
@@ -58,7 +58,7 @@ ACCIDENTS = {
     "worker killed": (0, None),
 }
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP, "Ctrl-C": signal.SIGINT}
-TRACES = ("Traceback", "Exception ignored", "Error in ")  # what Python and its threads print
+TRACES = ("Traceback", "Exception ignored", "Error in ")  # how Python's reports of uncaught exceptions begin
 PARTIAL = re.compile(r"^\..*\.\d+$|\.partial-|\.part$")  # names of files and folders that are being written
 SECONDS = 300  # time limit of a run
 DISK = 48 * 2**20  # bytes of the tmpfs; an undisturbed run needs half of that

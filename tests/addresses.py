@@ -7,7 +7,8 @@ sizes), or one factor is and the other is a block index (a program id, or the co
 block)`): block index times block size is at most a size, and sizes are int32. `KNOWN_SMALL` lists products that stay
 below 2^31 for other reasons.
 
-Tracing stops at values loaded from memory and ignores conditions (masks, branches). int32 sums are not checked.
+Tracing stops at values loaded from memory or converted from floats, and ignores conditions (masks, branches). int32
+sums are not checked.
 """
 
 import re
@@ -15,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # File -> part of a source line -> what its product is, or why it stays below 2^31. Triton merges equal products, so the
-# line may be the first one that contains the product (a mask, say) rather than the address. Products of loop bounds
-# count: an address depends on them through the loop's counter.
+# line may be the first one that contains the product (a mask, say) rather than the address. Products in loop bounds are
+# reported too: an address depends on them through the loop's counter. For loops that are unrolled, Triton makes such
+# products itself. "Offsets" in sparse_gemm.py are those of a convolution's kernel.
 KNOWN_SMALL = {
     "lift.py": {
         "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^31",
         "i = (z * shape[1] + y) * shape[0] + x": "voxel index; lift asserts voxels < 2^31",
-        "block // (along_x * along_y)": "block index within a slice, less than the number of programs",
+        "block // (along_x * along_y)": "blocks per slice, at most the number of programs",
     },
     "pixel_sum.py": {
         "quad = p - up * w": "0 or the width of an image: `up` is 0 or 1",
@@ -30,28 +32,29 @@ KNOWN_SMALL = {
     "rotated_iou.py": {"word * 32 + k": "box index"},
     "sdf_field.py": {"tile * BLOCK_S": "index of a sample on its ray"},
     "sparse_gemm.py": {
-        "e < O * I": "weights of one kernel offset",
-        "slot * BLOCK_M": "entries of one tile: kernel offsets x rows",
-        "slot[None, :] * BLOCK_M": "entries of one tile: kernel offsets x rows",
-        "slot_p * BLOCK_M": "entries of one tile: kernel offsets x rows",
-        "count * STEPS": "channel blocks over the kernel offsets of a tile",
-        "r * BLOCK_R": "pairs of one chunk",
+        "e < O * I": "weights of one offset",
+        "slot * BLOCK_M": "entries of one tile: offsets x rows",
+        "slot[None, :] * BLOCK_M": "entries of one tile: offsets x rows",
+        "slot_p * BLOCK_M": "entries of one tile: offsets x rows",
+        "count * STEPS": "steps of the loop over one tile: offsets x channel blocks",
+        "r * BLOCK_R": "position among the (input row, output row) pairs of one chunk",
     },
     "sparse_tiles.py": {"size = size * 2": "a power of two, at most twice the rows of a window"},
     "trilinear.py": {"2 * C": "channels are few", "2 * upper - 1": "-1 or 1"},
     "voxel_pool.py": {
         "view * 12": "index of a matrix entry; views are few",
         "p = r * D + k": "point index; voxel_pool asserts points < 2^30",
-        "chunk * CHUNK": "index of a sorted run; runs are at most as many as points",
-        "first * CHUNK": "index of a sorted run",
+        "chunk * CHUNK": "position in the list of runs (points of a ray in one voxel); no more than points",
+        "first * CHUNK": "position in the list of runs",
         "whole * (CHUNK - 1)": "runs of one voxel",
-        "range(0, tl.max(terms, axis=0)": "bound of the unrolled loop: runs of one voxel",
-        "range(0, D": "bound of the unrolled loop: depth bins along the ray of a pixel",
+        "range(0, tl.max(terms, axis=0)": "bound of an unrolled loop: runs of one voxel",
+        "range(0, D": "bound of an unrolled loop: depth bins along the ray of a pixel",
     },
 }
 
-# An SSA value. A line with an op: name and number of the op's results, name of the op, the rest of the line
+# An SSA value
 VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
+# A line with an op; groups: name of its result, how many results it has, name of the op, the rest of the line
 OP = re.compile(r'^\s*(?:(%[\w.]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
 # Ops at which tracing stops
 OPAQUE = {"tt.load", "tt.atomic_rmw", "tt.atomic_cas", "arith.cmpi", "arith.cmpf", "arith.fptosi", "arith.fptoui"}

@@ -25,12 +25,12 @@ MAX_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm
 MAX_SHARED |= dict(gfx942=65_536)
 NVIDIA, AMD = tuple(target for target in TARGETS if target != "gfx942"), ("gfx942",)
 # Compiled to machine code; for the other targets, compilation stops once shared memory is allocated
-ASSEMBLED = ("sm_80", "sm_90", "gfx942")
+ASSEMBLED_TARGETS = ("sm_80", "sm_90", "gfx942")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One way the code launches a kernel, and the resources it may use on the targets of `budgets`.
+    """One way the code launches a kernel, and the resources it may use on the targets of `limits_on`.
 
     Types of runtime arguments follow from their names: `*_idx_ptr` points to int32, any other `*_ptr` to the element
     type; UPPER CASE sizes are int32, other scalars fp32. `types` overrides these.
@@ -48,9 +48,9 @@ class Launch:
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and needs a comment that says why
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 only has HMMA
-    budgets: tuple = ("sm_90",)  # the targets, out of ASSEMBLED, on which the limits are asserted; on AMD only `stack`
+    limits_on: tuple = ("sm_90",)  # targets, out of ASSEMBLED_TARGETS, whose limits are asserted; on AMD only `stack`
 
-    def matrix(self, target):
+    def matrix_instruction(self, target):
         """The matrix instruction that the machine code for an NVIDIA `target` must have, "" for none."""
         return "HMMA" if self.mma and target == "sm_80" else self.mma
 
@@ -58,27 +58,27 @@ class Launch:
 def launches_of(kernel_file, which):
     """(launch, element type, target) for the LAUNCHES of tests/kernels/test_<kernel_file>.py.
 
-    which: one of TARGETS, for all launches; or "first": of each kernel, only the first launch that has a budget for
-        sm_90, for sm_90.
+    which: one of TARGETS, for all launches; or "first": of each kernel, only the first launch with sm_90 in its
+        `limits_on`, for sm_90.
     """
     launches = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
     if which == "first":  # reversed: the first launch of a kernel is the last written into the dict
-        launches = {launch.kernel: launch for launch in reversed(launches) if "sm_90" in launch.budgets}.values()
+        launches = {launch.kernel: launch for launch in reversed(launches) if "sm_90" in launch.limits_on}.values()
     target = "sm_90" if which == "first" else which
     return [(launch, element, target) for launch in launches if target in launch.targets for element in launch.elements]
 
 
 def compile_launches(kernel_file, which="first"):
-    """Print a JSON line for each of `launches_of`: shared memory, and on targets in the launch's `budgets` what `_cost`
-    reads. For targets in ASSEMBLED, the line also has the launch's `int32_products`.
+    """Print a JSON line for each of `launches_of`: shared memory, and on targets in the launch's `limits_on` what
+    `_cost` reads. For targets in ASSEMBLED_TARGETS, the line also has the launch's `int32_products`.
     """
     module = importlib.import_module(f"unipad.kernels.{kernel_file}")
     for launch, element, target in launches_of(kernel_file, which):
         kernel = getattr(module, launch.kernel)
-        if target in ASSEMBLED:
+        if target in ASSEMBLED_TARGETS:
             compiled = compile_launch(kernel, launch, element, target)
             cost = {"shared": compiled.metadata.shared, "int32_products": int32_products(compiled.asm["ttir"])}
-            cost |= _cost(compiled, launch.matrix(target)) if target in launch.budgets else {}
+            cost |= _cost(compiled, launch.matrix_instruction(target)) if target in launch.limits_on else {}
         else:
             cost = {"shared": shared_of(kernel, launch, element, target)}
         print(json.dumps(dict(kernel=launch.kernel, element=element, target=target, **cost)), flush=True)

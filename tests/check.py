@@ -110,6 +110,7 @@ class WaitRecorder(TorchDispatchMode):
 
             return launch
 
+        # of a CPU tensor, `tolist` calls no operator that `__torch_dispatch__` would see
         def recorded_tolist(tensor):
             self._record("tolist")
             with _disable_current_modes():

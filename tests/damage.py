@@ -28,7 +28,7 @@ harmless, but no check can detect it:
     JSON       another number or name that is possible; a record that no other refers to, missing, repeated or moved
     any        replaced by another file of its kind
 
-In these cases, the result only has to be possible (`readers.sample_faults`). Only a checksum would detect it.
+In these cases, the result only has to be possible (`readers.sample_faults`). Only a checksum would detect the damage.
 """
 
 import argparse
@@ -249,7 +249,7 @@ class Harness:
 
         try:
             shutil.copytree(self.intact, folder, copy_function=copy, dirs_exist_ok=True)
-            (folder / "intact").symlink_to(self.intact)
+            (folder / "intact").symlink_to(self.intact)  # where readers find undamaged files of other kinds
             yield folder
         finally:
             shutil.rmtree(folder)
@@ -338,7 +338,10 @@ def _child(function, sender, output):
 
 
 def _judge(kind, folder, file, detectable, expected):
-    """Read a damaged file, in the child, and return the `Result`. detectable: whether the damage can be detected."""
+    """Read a damaged file, in the child, and return the `Result`.
+
+    kind: a `readers.Kind`. detectable: whether the damage can be detected. expected: the readout of the intact files.
+    """
     try:
         readout = kind.read(folder)
     except UserError as error:

@@ -162,7 +162,7 @@ class _FakeDevice(TorchDispatchMode):
         number = next(self.answers[backend.waiting_for])
         if func is aten._local_scalar_dense.default:
             return number
-        if func is aten._unique2.default:
+        if func is aten._unique2.default:  # args: tensor, sorted, return_inverse, return_counts; absent: False
             inverse, counts = (len(args[0]) if returned else 0 for returned in (*args[2:], False, False)[:2])
             return args[0].new_empty(number), *(args[0].new_empty(n, dtype=torch.int64) for n in (inverse, counts))
         if func is aten.nonzero.default:
@@ -297,7 +297,10 @@ def _topological_order(root):
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel specialization, as Triton would compile it."""
+    """A kernel specialization, as Triton would compile it for a launch that was recorded.
+
+    (`tests.ahead_of_time.Launch` describes a launch by hand.)
+    """
 
     module: str  # Python module of the kernel
     kernel: str

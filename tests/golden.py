@@ -31,8 +31,8 @@ def strip_prefix(arrays, prefix):
     return {key[len(prefix) :]: value for key, value in arrays.items() if key.startswith(prefix)}
 
 
-def weights(arrays, prefix, kind="state/"):
-    """State dict of our model's module at `prefix`, such as "project.".
+def recorded(arrays, prefix, kind="state/"):
+    """The recorded weights of our model's module at `prefix`, such as "project.", as a state dict.
 
     kind: start of the array names: "state/", or that of other arrays of the same keys, such as "grad/" for gradients.
     """

@@ -160,7 +160,7 @@ def read_splits(folder):
 
 
 def read_camera_sweeps(folder):
-    """The cached index of the frames of images before each keyframe."""
+    """The cached index of the camera sweeps before each keyframe."""
     readout = Readout()
     readout.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
     return readout
@@ -355,7 +355,8 @@ class Kind:
     files: str  # glob pattern, relative to the folder of `make_files`
     read: Callable[[Path], Readout]
     format: str = ""  # json, json lines or checkpoint: key of `tests.damage.SPECIAL`; "": any other
-    checked: bool = False  # the file has a checksum or can be computed again: a changed result is SILENT
+    # the file has a checksum or can be computed again: another result without a message is a fault
+    checked: bool = False
     weight: int = 1  # number of cases, relative to other kinds
 
 

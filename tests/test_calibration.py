@@ -36,7 +36,7 @@ def rig(sample, count):
 @pytest.mark.parametrize("count", [1, 5, 6, 8])
 def test_pictures_and_reports_have_room_for_any_number_of_cameras(sample, count):
     picture = calibration_view(rig(sample, count), width=160)
-    # of images, each 160 pixels wide, right of the view from above, a square of at least 480 x 480 pixels
+    # columns of images 160 pixels wide, to the right of the view from above, a square of at least 480 x 480 pixels
     columns = min(count, 3 if count < 7 else 4)
     assert picture.dtype == np.uint8 and picture.shape[0] >= 480 and picture.shape[1] > columns * 160
     assert len(report(rig(sample, count)).splitlines()) == count + 2  # a header, the cameras, the number of boxes

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from unipad.config import CameraConfig
 from unipad.errors import UserError
 from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
@@ -22,14 +22,14 @@ SMALL = CameraConfig(
 def test_convnext_matches_the_original(name):
     arrays, _ = load(name)
     net = ConvNeXt(DEPTHS, WIDTHS)
-    net.load_state_dict(weights(arrays, "encoder.camera.backbone."))
+    net.load_state_dict(recorded(arrays, "encoder.camera.backbone."))
     image = arrays["in/img"].requires_grad_()
     outs = net(image, arrays.get("in/mask"))
     for i, out in enumerate(outs):
         assert_close_to_max(out, arrays[f"out/stage{i}"], 1e-5, f"stage {i}")
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     assert_close_to_max(image.grad, arrays["grad/img"], 1e-5, "image")
-    gradients = weights(arrays, "encoder.camera.backbone.", "grad/")
+    gradients = recorded(arrays, "encoder.camera.backbone.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
@@ -42,7 +42,7 @@ def test_convnext_matches_the_original(name):
 def test_fpn_matches_mmdet(record, widths, levels, first):
     arrays, _ = load(record)
     net = FPN(widths, channels=24, levels=levels)
-    net.load_state_dict(weights(arrays, "encoder.camera.neck."))
+    net.load_state_dict(recorded(arrays, "encoder.camera.neck."))
     inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in range(first, first + len(widths))]
     outs = net(inputs)
     for i, out in enumerate(outs):
@@ -50,7 +50,7 @@ def test_fpn_matches_mmdet(record, widths, levels, first):
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     for i, x in enumerate(inputs, start=first):
         assert_close_to_max(x.grad, arrays[f"grad/x_{i}"], 1e-5, f"input {i}")
-    gradients = weights(arrays, "encoder.camera.neck.", "grad/")
+    gradients = recorded(arrays, "encoder.camera.neck.", "grad/")
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
@@ -60,7 +60,8 @@ def test_mask_matches_the_original():
     assert torch.equal(draw_mask(arrays["in/rand_masking"], h=3, w=5, ratio=0.3), arrays["in/mask"])
 
 
-@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # round(15 * (1 - ratio)), to even
+# kept: 15 * (1 - ratio), rounded half to even
+@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])
 def test_mask_hides_a_fixed_number_of_patches(ratio, kept):
     mask = draw_mask(torch.rand(4, 15), h=3, w=5, ratio=ratio)
     assert mask.shape == (4, 1, 3, 5) and mask.flatten(1).sum(1).tolist() == [kept] * 4
@@ -181,9 +182,9 @@ def test_a_visible_patch_is_encoded_as_if_alone():
 
 
 def test_mask_of_ratio_zero_changes_nothing():
-    encoder, images = make_encoder(), make_images(1, 2)
+    encoder, inputs = make_encoder(), make_images(1, 2)
     all_visible = draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.0)
-    torch.testing.assert_close(encoder(*images, all_visible), encoder(*images), rtol=0, atol=0)
+    torch.testing.assert_close(encoder(*inputs, all_visible), encoder(*inputs), rtol=0, atol=0)
 
 
 def test_frozen_stages_get_no_gradient_and_no_drop_path():
@@ -273,7 +274,7 @@ def test_fewer_levels_than_stages_are_rejected():
 def test_checkpointing_is_bitwise_equal(monkeypatch):
     """With a mask, drop path and a frozen stage: the results are the same, but trained blocks run forward twice."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
-    images, mask = make_images(1, 2), draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.3)
+    inputs, mask = make_images(1, 2), draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.3)
     drop_noise = torch.rand(2, 5)  # 2 images, 5 blocks
     calls, forward = [], Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *args: (calls.append(self), forward(self, *args))[1])
@@ -282,7 +283,7 @@ def test_checkpointing_is_bitwise_equal(monkeypatch):
         encoder.backbone.checkpointing = on
         encoder.zero_grad()
         calls.clear()
-        features, depths = encoder(*images, mask, drop_noise)
+        features, depths = encoder(*inputs, mask, drop_noise)
         sum(t.square().sum() for t in features + depths).backward()
         grads = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
         results.append((features + depths, grads, len(calls)))

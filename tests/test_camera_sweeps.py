@@ -6,7 +6,6 @@ The setting `Data.camera_sweeps` counts the keyframe too; `generate`'s argument 
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ from torch import nn
 import finetune
 import train
 from tests import scripts
-from tests.test_rays import generators, make_batch
+from tests.test_rays import make_batch, seeded_generators
 from unipad import config, convert
 from unipad.batch import CAMERAS
 from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_dict
@@ -44,7 +43,6 @@ from unipad.model.volume import FrameFusion
 from unipad.names import to_original
 from unipad.recipes import DETECT, PRETRAIN
 
-REPO = Path(__file__).parent.parent
 VERSION, SIZE, KEYFRAMES = "v1.0-mini", (64, 96), 3
 THREE = Data(camera_sweeps=3)  # the keyframe and two sweeps
 TINY_CAMERA = config.CameraConfig(
@@ -327,13 +325,13 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(transform):
 def test_every_weight_of_the_frame_fusion_gets_a_gradient_and_encoding_is_reproducible():
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=TINY_CAMERA))
     batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
-    encoded = encoder.encode(batch, generators(0, 1))
+    encoded = encoder.encode(batch, seeded_generators(0, 1))
     masks = encoded.masks["camera"]
     assert masks.shape == (2, 6, 2, 3)
     assert not torch.equal(masks[:, :2], masks[:, 2:4])  # of the keyframe, of the frame before it
     encoded.volume.square().sum().backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in encoder.frame_fusion.parameters())
-    assert torch.equal(encoder.encode(batch, generators(0, 1)).volume, encoded.volume)
+    assert torch.equal(encoder.encode(batch, seeded_generators(0, 1)).volume, encoded.volume)
 
 
 def test_rays_are_cast_from_the_keyframe_only(city):
@@ -345,7 +343,7 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     net, batch = Pretrain(recipe), collate([dataset[1]]).to("cpu")
     rays = []
     net.renderer.register_forward_hook(lambda module, args, out: rays.append(args[1]))
-    losses, _ = net(batch, generators(0))
+    losses, _ = net(batch, seeded_generators(0))
     sum(losses.values()).backward()
     assert len(rays[0]) == 6 * 8 and net.encoder.frame_fusion.trans_conv[0].weight.grad.any()
     metrics = evaluate_rendering(net, [(0, batch)], seed=0, device=torch.device("cpu"))
@@ -355,7 +353,7 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     # through every PIXEL_STRIDE-th pixel along both axes, and through LiDAR points
     assert ray_count == 6 * (height // PIXEL_STRIDE) * (width // PIXEL_STRIDE) + 6 * RAYS_PER_VIEW
     # six columns of 240 pixels, one per camera, not twelve
-    assert 6 * 240 < rendered_views(net, batch, generators(0), stride=32).shape[1] < 12 * 240
+    assert 6 * 240 < rendered_views(net, batch, seeded_generators(0), stride=32).shape[1] < 12 * 240
 
 
 def test_finetuning_with_sweeps_starts_the_frame_fusion_from_scratch(city, tmp_path):

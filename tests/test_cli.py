@@ -390,7 +390,7 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 
 
 def test_a_custom_dataset_is_chosen_by_its_class(toy, tmp_path):
-    """With one camera and without fine-tuning tasks: train.py and eval.py run, finetune.py raises a user error."""
+    """The class has one camera and no fine-tuning task: train.py and eval.py run, finetune.py raises a user error."""
     choice = ["--dataset", "toy_set:Toy"]
     flags = [*choice, "--data-root", tmp_path]
     one_step = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
@@ -405,7 +405,7 @@ def test_a_custom_dataset_is_chosen_by_its_class(toy, tmp_path):
 
 
 def test_a_run_folder_does_not_import_its_dataset_unless_the_flag_is_repeated(tmp_path):
-    """The folder may come from someone else: only classes of `unipad.data` are imported without the flag."""
+    """The folder may come from someone else: only classes of `unipad.data` are imported without --dataset."""
     recipe = PRETRAIN["lidar"]["tiny"]
     args = replace(train.parse(["--modality", "lidar"]), dataset="unipad.other.evil:Class")
     config = run_config(args, steps=1)

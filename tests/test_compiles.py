@@ -48,12 +48,12 @@ def check(kernel_file, which):
         assert (cost["kernel"], cost["element"], cost["target"]) == (launch.kernel, element, target)
         assert not cost.get("int32_products"), "widen to int64 first, or explain in tests/addresses.py why not"
         assert cost["shared"] <= MAX_SHARED[target], f"{cost}: {target} has {MAX_SHARED[target]} bytes for {launch}"
-        assert ("stack" in cost) == (target in launch.budgets)  # without a budget only shared memory is read
-        if target not in launch.budgets:
+        assert ("stack" in cost) == (target in launch.limits_on)  # without a budget only shared memory is read
+        if target not in launch.limits_on:
             continue
         for resource in ("stack",) if target in AMD else ("registers", "stack", "shared"):
             assert cost[resource] <= getattr(launch, resource), f"{cost} exceeds {launch}"
-        mma = launch.matrix(target)
+        mma = launch.matrix_instruction(target)
         assert cost.get("mma", mma) == mma, f"no {mma} in {cost}"  # on AMD instructions are not read
 
 

@@ -41,7 +41,7 @@ def test_recipes_of_the_paper():
 
 @pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
 def test_from_dict_chooses_the_dataclass_by_its_fields(recipe):
-    """Of the unions `AnyRecipe` and, in it, `LidarConfig | UnetConfig`: the dict does not name them."""
+    """`AnyRecipe` and, inside recipes, `LidarConfig | UnetConfig` are unions, and the dict names no class."""
     assert from_dict(AnyRecipe, to_dict(recipe)) == recipe
 
 
@@ -90,7 +90,7 @@ def test_a_command_of_the_recipes_page_parses(command):
     has_encoders = args.recipe.camera is not None, args.recipe.lidar is not None
     assert has_encoders == (args.modality != "lidar", args.modality != "camera")
     if args.backbone:
-        assert args.recipe.camera.widths[0] == 128  # the page's commands only name ConvNeXt-B
+        assert args.recipe.camera.widths[0] == 128  # of ConvNeXt-B, the only one that the page's commands name
 
 
 def test_every_full_size_preset_is_on_the_recipes_page():

@@ -11,10 +11,9 @@ import torch
 import tyro
 
 from tests.golden import FOLDER
-from unipad import convert
 from unipad.checkpoint import read_checkpoint, take_weights
 from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_dict, to_dict
-from unipad.convert import Args, convert_ours, convert_unipad, main
+from unipad.convert import Args, convert_ours, convert_unipad, main, merge
 from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
@@ -25,7 +24,7 @@ from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
 # Released config -> its state dict (key -> (shape, dtype)), or the name of another config with the same keys and shapes
 RELEASED = json.loads(lzma.decompress((FOLDER / "state_dicts.json.xz").read_bytes()))
-PRESET_OF = {  # released config -> preset
+PRESET_OF = {  # released config that has a state dict of its own in `RELEASED` -> preset
     "uvtr_cam_vs0.075_pretrain": "camera-0.075",
     "uvtr_cam_vs0.1_pretrain": "camera-0.1",
     "uvtr_lidar_vs0.075_pretrain": "lidar-0.075",
@@ -114,9 +113,7 @@ def test_a_larger_convnext_is_recognized():
     state = released("uvtr_cam_vs0.1_pretrain")
     wider = {k: torch.zeros(_wider(v.shape)) if k.startswith("img_backbone") else v for k, v in state.items()}
     _, widths = CONVNEXT["base"]  # channels per stage
-    for i, width in enumerate(
-        widths[1:]
-    ):  # 1 x 1 convolutions from the width of each stage that the FPN reads to its 128 channels
+    for i, width in enumerate(widths[1:]):  # the FPN reads stages 1 to 3, each with a 1 x 1 convolution to 128 channels
         wider[f"img_neck.lateral_convs.{i}.conv.weight"] = torch.zeros(128, width, 1, 1)
     ours, report = convert_unipad(wider)
     assert not report.faults, report
@@ -138,7 +135,7 @@ def test_names_and_layouts_by_hand():
         "pts_neck.deblocks.1.0.weight": torch.randn(4, 6, 1, 2, 2),
         "pts_neck.extra_blocks.7.bias": torch.randn(4),  # 7 = 3 * 2 + 1: a block is convolution, norm, ReLU
         "pts_bbox_head.transformer.decoder.layers.2.attentions.0.attn.in_proj_weight": torch.randn(6, 2),
-        "pts_bbox_head.loss.weight": torch.randn(3),  # does not exist
+        "pts_bbox_head.loss.weight": torch.randn(3),  # not a weight of the original
     }
     ours, unknown = from_original(state)
     assert unknown == ["pts_bbox_head.loss.weight"]
@@ -249,6 +246,15 @@ def test_a_fusion_model_starts_from_merged_encoders(tmp_path, capsys):
     assert {n for n in net.state_dict() if n not in taken and not n.startswith("head.")} == {
         n for n in net.state_dict() if n.startswith("encoder.fuse.")
     }
+
+
+def test_merging_lists_all_parts_that_it_drops():
+    """Of a fusion checkpoint given as CAMERA the LiDAR encoder is dropped; given as LIDAR, the camera encoder."""
+    net = Detector(DETECT["fusion"]["tiny"])
+    fusion = {"model": net.state_dict(), "config": {"args": {}, "recipe": to_dict(net.recipe)}}
+    _, report = merge(fusion, fusion)
+    assert [note for note in report.notes if note.startswith("dropped: encoder.camera")]
+    assert [note for note in report.notes if note.startswith("dropped: encoder.lidar")]
 
 
 def test_an_encoder_with_values_that_are_not_finite_is_not_merged(tmp_path):
@@ -367,9 +373,9 @@ def test_only_encoders_with_the_same_grid_are_merged(tmp_path):
     full, _ = convert_unipad(released("uvtr_lidar_vs0.075_pretrain"))
     tiny = {"model": {}, "config": {"recipe": to_dict(PRETRAIN["camera"]["tiny"])}}
     with pytest.raises(UserError, match="the same grid"):
-        convert.merge(tiny, full)
+        merge(tiny, full)
     with pytest.raises(UserError, match="camera encoder first"):
-        convert.merge(full, tiny)
+        merge(full, tiny)
 
 
 @pytest.mark.parametrize(
@@ -396,4 +402,4 @@ def test_a_unet_is_converted_to_the_originals_keys_without_its_head_and_is_not_m
     assert all(torch.equal(back[name], saved["model"][name]) for name in back)
     camera = {"model": {}, "config": {"recipe": to_dict(DETECT["camera"]["tiny"])}}
     with pytest.raises(UserError, match="a LiDAR encoder second"):
-        convert.merge(camera, saved)
+        merge(camera, saved)

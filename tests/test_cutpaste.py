@@ -64,7 +64,8 @@ def test_points_in_boxes_match_the_devkit(sample):
 
 
 def test_objects_match_the_boxes_points_and_images_of_the_frames(train, objects):
-    """Every box with enough points, in the order of the frames, with its points and its rectangles in the images."""
+    """`objects` are all boxes with enough points, in the order of the frames, with their points and rectangles of the
+    images."""
     k = 0
     for i in range(len(train)):
         sample = train[i]
@@ -121,7 +122,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
         assert objects.labels[rows].tolist() == after.labels[n:].tolist()
         clouds = np.concatenate([objects._points(k) for k in rows])
         np.testing.assert_array_equal(after.points[kept.sum() :], clouds)
-    # of 10 classes; of the others the sample is full, or there is no object or no room
+    # of 10 classes; of each other one the sample has enough already, or there is no object or no room for it
     assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
 
 

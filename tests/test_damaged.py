@@ -1,8 +1,8 @@
 """Damaged files of every kind are refused in one sentence, skipped with a message, or read with the same result; with
 another result only where no check can detect the damage (see tests/damage.py).
 
-Two random cases of each kind; `python -m tests.damage` runs thousands. `EXAMPLES` are cases that once gave a traceback
-or a wrong result without a message.
+Two random cases of each kind; `python -m tests.damage --cases N` runs more. `EXAMPLES` are cases that once gave a
+traceback or a wrong result without a message.
 """
 
 import io
@@ -18,6 +18,7 @@ import torch
 
 from tests import damage, scripts
 from tests.readers import KINDS, Kind, Readout
+from unipad.checkpoint import read_training
 from unipad.errors import UserError
 from unipad.names import CODE_WEIGHTS
 
@@ -26,7 +27,7 @@ CASES = 2  # of each kind
 
 
 @pytest.fixture(scope="module")
-def outcomes(city):
+def result_of(city):
     """name -> `Result` of every case. Run in a process without threads, since each case is read in a fork of it."""
     code = "import sys, tests.test_damaged as t; t.run_all_cases(sys.argv[1])"
     done = scripts.run("-c", code, city)
@@ -147,7 +148,8 @@ def overwrite(fraction, size, byte):
 
 TABLES, LAST = "city/v1.0-mini/", "run/checkpoints/last.pt"
 WEIGHT = "model", "encoder.lidar.encoder.encoder_layers.encoder_layer1.0.bn1.bias"  # path in the checkpoint
-# name -> (kind of `readers.KINDS`, pattern of the file, change of its bytes). "original": a checkpoint of UniPAD
+# name -> (kind of `readers.KINDS`, pattern of the file, change of its bytes). Kinds of checkpoints are named after what
+# is done with them ("resumed", "init", ...), except "original": one of UniPAD, to convert.
 EXAMPLES = {
     # tables
     "deep nesting": ("tables", TABLES + "visibility.json", lambda data: b"[" * 100_000 + data + b"]" * 100_000),
@@ -241,20 +243,20 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_damage_is_detected_or_plausible(kind, outcomes):
-    of_kind = {name: result for name, result in outcomes.items() if re.fullmatch(rf"{kind} \d+", name)}
+def test_random_damage_causes_no_fault(kind, result_of):
+    of_kind = {name: result for name, result in result_of.items() if re.fullmatch(rf"{kind} \d+", name)}
     assert len(of_kind) == CASES
     assert not {name: result for name, result in of_kind.items() if result.outcome in damage.FAULTS}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_damage_that_once_caused_a_fault_causes_none(name, outcomes):
-    assert outcomes[name].outcome not in damage.FAULTS, outcomes[name].reason
+def test_damage_that_once_caused_a_fault_causes_none(name, result_of):
+    assert result_of[name].outcome not in damage.FAULTS, result_of[name].reason
 
 
-# What a fake reader does -> (the reader, expected outcome). Where SILENT is expected, the file has a checksum, so that
-# a result which is possible elsewhere (`other`) is a fault.
-READERS = {
+# What a fake reader does -> (the reader, expected outcome). Where SILENT is expected, the file counts as one with a
+# checksum (`Kind.checked`): a changed result is then a fault, without a checksum only `other`.
+FAKE_READERS = {
     "refuses": (lambda folder: _refuse(f"{folder}/file is damaged."), "refused"),
     "refuses without a name": (lambda folder: _refuse("it is damaged."), "TRACEBACK"),
     "raises": (lambda folder: {}["x"], "TRACEBACK"),
@@ -275,14 +277,14 @@ def _refuse(sentence):
 
 
 def content_of(folder):
-    """Stands for a digest."""
+    """The content of the changed file, in place of a digest."""
     return (folder / "file").read_text()
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", FAKE_READERS)
 def test_outcomes_are_classified(name, tmp_path):
     """`Harness.read_damaged` with fake readers, for a file that contains "1" and is changed to "2"."""
-    read, outcome = READERS[name]
+    read, outcome = FAKE_READERS[name]
     kind = Kind("file", read, checked=outcome == "SILENT")
     harness = damage.Harness.__new__(damage.Harness)  # without `__init__`, which makes files of all kinds
     harness.folder, harness.intact, harness.kinds = tmp_path, tmp_path / "intact", {"kind": kind}
@@ -313,3 +315,16 @@ def test_a_case_is_determined_by_its_number(tmp_path):
     first = [damaged(number) for number in range(40)]
     assert first == [damaged(number) for number in range(40)]
     assert {name for _, _, name, _ in first} > {"cut", "missing", "zeros"} and len(set(first)) > 30
+
+
+def test_metrics_of_a_checkpoint_are_all_numbers_or_all_dicts(tmp_path):
+    saved = {"model": {}, "optimizer": {}, "scaler": {}, "step": 1, "validated": 0}
+    saved["config"] = {"args": {}, "recipe": {}, "steps": 2}
+    numbers = {"psnr": 1.0}
+    for metrics in ({}, numbers, {"after": numbers}, {"before": numbers, "after": numbers}):
+        torch.save(saved | {"metrics": metrics}, tmp_path / "last.pt")
+        assert read_training(tmp_path / "last.pt")["metrics"] == metrics
+    for metrics in ({"before": numbers, "after": 5}, {"before": numbers, "after": {"ssim": 1.0}}, {"psnr": "high"}):
+        torch.save(saved | {"metrics": metrics}, tmp_path / "last.pt")
+        with pytest.raises(UserError, match="its metrics"):
+            read_training(tmp_path / "last.pt")

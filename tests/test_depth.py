@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.check import DivideLikeGpu
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from tests.test_rays import make_batch
 from unipad.config import CameraConfig
 from unipad.kernels.voxel_pool import voxel_pool
@@ -21,7 +21,7 @@ def generators(B):
 def test_complex_depth_matches_the_original():
     arrays, _ = load("depth_net_aspp")
     net = ComplexDepth(channels=16, bins=30, aspp_channels=6).eval()
-    net.load_state_dict(weights(arrays, "encoder.camera.depth_net."))
+    net.load_state_dict(recorded(arrays, "encoder.camera.depth_net."))
     x = arrays["in/x"].requires_grad_()
     logits = net(x)
     assert_close_to_max(logits, arrays["out/logits"], 1e-5, "logits")
@@ -29,15 +29,15 @@ def test_complex_depth_matches_the_original():
     assert_close_to_max(depth, arrays["out/depth"], 1e-5, "depth")
     (depth * arrays["in/w_out"]).sum().backward()
     assert_close_to_max(x.grad, arrays["grad/x"], 1e-5, "x")
-    gradients = weights(arrays, "encoder.camera.depth_net.", "grad/")
+    gradients = recorded(arrays, "encoder.camera.depth_net.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
 
 def test_receptive_field_of_aspp():
-    """Without the global average pooling: the cell itself and, 6, 12 and 18 cells away from it, the eight in a ring of
-    3 x 3, or fewer, where a ReLU cuts them off."""
+    """Without the global average pooling, an output depends on its own cell and on those 6, 12 or 18 cells away along
+    an axis or a diagonal: eight at each distance, or fewer where a ReLU cuts them off."""
     net = ASPP(channels=2, hidden=3).eval().double()
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
@@ -87,7 +87,7 @@ def load_recorded():
         make_batch([[], []]),
         images=torch.zeros(2, 6, 3, 256, 448),  # only their size is read
         image_sizes=arrays["in/pad_before_shape"][..., :2],
-        lidar2image=arrays["in/lidar2img"][:, :, 0],  # of the only sweep
+        lidar2image=arrays["in/lidar2img"][:, :, 0],  # of the only camera frame, the keyframe
         points=torch.cat(points),
         point_counts=torch.tensor([len(p) for p in points]),
     )

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad import config
 from unipad.batch import Batch
@@ -36,7 +36,7 @@ def recorded_ground_truth(arrays):
 
 def recorded_head(arrays, cfg):
     head = Head(cfg, GRID, channels=32)
-    head.load_state_dict(weights(arrays, "head."))
+    head.load_state_dict(recorded(arrays, "head."))
     return head
 
 
@@ -58,7 +58,7 @@ def assert_assigned_as_recorded(arrays, cfg, predictions, ground_truth):
 
 
 def assert_gradients_as_recorded(arrays, head, rel):
-    expected = weights(arrays, "head.", "grad/")
+    expected = recorded(arrays, "head.", "grad/")
     params = dict(head.named_parameters())
     assert expected.keys() == params.keys()
     _, record = load("uvtr_dn_head_train") if head.cfg.denoising else load("uvtr_head_eval")
@@ -81,11 +81,11 @@ def test_plain_head_matches_the_original():
     volume = lift(
         [f.permute(0, 1, 3, 4, 2) for f in features],
         [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in depths],
-        arrays["in/lidar2img"][:, :, 0],  # of the only sweep
+        arrays["in/lidar2img"][:, :, 0],  # of the only camera frame, the keyframe
         (height, width),
     )
     conv = ConvNormReLU3d(32, 32).eval()
-    conv.load_state_dict(weights(arrays, "encoder.lift_convs.0."))
+    conv.load_state_dict(recorded(arrays, "encoder.lift_convs.0."))
     head = recorded_head(arrays, PLAIN).eval()
 
     predictions, _ = head(conv(volume))
@@ -153,7 +153,7 @@ def test_denoising_head_matches_the_original():
 
 @pytest.mark.parametrize("code_weights, name", [(DENOISING.code_weights, "cw"), (PLAIN.code_weights, "nocw")])
 def test_assignment_matches_the_original(code_weights, name):
-    """name: in the record, with or without code weights."""
+    """name: part of the record's array names, for assignment with ("cw") or without ("nocw") code weights."""
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(DENOISING, code_weights=code_weights)
     boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])

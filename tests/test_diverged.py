@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_train import train
+from tests.test_train import run_train
 from unipad.errors import UserError
 from unipad.progress import Progress
 from unipad.runtime import World
@@ -14,7 +14,7 @@ def test_a_diverging_run_ends_with_one_sentence(city, tmp_path):
     """From the second step on, neither the SDF nor the ray samples are finite. That is noticed at the fourth: the loss
     is checked only when it is logged or weights are saved."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--log-every", 4]
-    done = train(*flags, "--lr", 1e5, cwd=tmp_path, check=False)
+    done = run_train(*flags, "--lr", 1e5, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the loss is not finite at step 4: lower --lr or use --precision fp32" in done.stderr
     assert not list(tmp_path.glob("outputs/*/*/checkpoints/*.pt"))  # diverged weights are not saved

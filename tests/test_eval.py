@@ -180,13 +180,13 @@ def evaluate(run, *flags):
     main(parse([run, "--device", "cpu", "--workers", 0, *flags]))
 
 
-def script(checkpoint, *flags, start=scripts.run):
+def evaluate_in_own_process(checkpoint, *flags, start=scripts.run):
     """Run eval.py as a user does, in its own process."""
     return start("eval.py", checkpoint, "--device", "cpu", "--workers", 0, *flags)
 
 
 def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
-    done = script(detector_run, "--pictures", 1)
+    done = evaluate_in_own_process(detector_run, "--pictures", 1)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "NDS: 0." in done.stdout and "Per-class results:" in done.stdout and "traffic_cone" in done.stdout
     out = detector_run / "eval"
@@ -219,7 +219,7 @@ def test_a_converted_checkpoint_is_evaluated_on_the_synthetic_dataset(city, tmp_
 
 
 def test_two_processes_have_the_detections_of_one(detector_run, tmp_path):
-    done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", start=scripts.run_two)
+    done = evaluate_in_own_process(detector_run, "--pictures", 1, "--out", tmp_path / "two", start=scripts.run_two)
     assert done.returncode == 0, done.stderr[-4000:]
     evaluate(detector_run, "--pictures", 1, "--out", tmp_path / "one")
     one, two = ((tmp_path / name / "results_nusc.json").read_text() for name in ("one", "two"))
@@ -314,9 +314,8 @@ def test_distances_are_the_sdf_in_meters():
     assert values.shape == (20, 20, 3)  # a range of 80 x 80 x 12 m in steps of 4 m
     # the field takes and returns lengths in units of 1 / grid.scale meters
     point = (torch.tensor(grid.low) + 4 * torch.tensor([3, 7, 1])) * grid.scale
-    sdf = model.renderer.field.sdf(
-        volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], torch.zeros(1, dtype=torch.int32)
-    )
+    first_volume = torch.zeros(1, dtype=torch.int32)
+    sdf = model.renderer.field.sdf(volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], first_volume)
     assert values[3, 7, 1].item() == pytest.approx(sdf.item() / grid.scale, rel=1e-4, abs=1e-4)
 
 

@@ -98,8 +98,8 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
 
 
 def test_two_processes_have_the_losses_of_one(uninterrupted, city, tmp_path):
-    """Compared in the first step, since rounding grows in later ones; and only the losses that are divided by a number
-    of all processes. Those of the IoUs, for example, are means of each process."""
+    """Only the first step is compared, since rounding grows in later ones; and only losses whose divisor is a mean over
+    all processes: the IoU loss, for example, is a mean within each process."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 1, "--out", tmp_path / "two"]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--batch-size", 2]
     done = scripts.run_two("finetune.py", *flags)
@@ -143,6 +143,7 @@ def test_a_frozen_encoder_keeps_its_weights(modality, city, tmp_path):
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     assert {name for name in changed if name.startswith("encoder.") and not name.endswith(statistics)} == set()
     assert any(name.startswith("head.") for name in changed)
+    # the tiny camera encoder has no batch norms
     assert any(name.endswith("running_mean") for name in changed) == (modality == "lidar")
 
 

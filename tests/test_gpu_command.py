@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def row(op, case, impl, ms, device="GPU 1", commit="c1", note=""):
-    """A row of results.csv as `csv.DictReader` returns it. ms: in all columns of times; with a note they are empty."""
+    """A row of results.csv as `csv.DictReader` returns it. ms: in all columns of times, and in peak_mb; with a note
+    they are empty."""
     measured = "" if note else str(ms)
     numbers = dict.fromkeys(("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb"), measured)
     return dict(op=op, case=case, impl=impl, **numbers, of_copy="0.1", error="1e-6", note=note, device=device,
@@ -223,7 +224,7 @@ def test_the_command_ends_at_its_time_limit(tmp_path):
 
 def test_a_step_is_compared_with_its_references(city, monkeypatch):
     monkeypatch.setattr(full_step, "city", lambda: city)
-    monkeypatch.setattr(full_step, "TIMED", 1)
+    monkeypatch.setattr(full_step, "TIMED", 1)  # timed steps
     records = []
     full_step.main(full_step.Args(("train/lidar/tiny", "segment/lidar/tiny")), records.append)
     assert [r["recipe"] for r in records] == ["train/lidar/tiny", "segment/lidar/tiny"]
@@ -279,6 +280,7 @@ def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys):
         raise RuntimeError("no kernel image")
 
     peers = {"wrong": lambda x: 1.1 * x, "nan": lambda x: x * float("nan"), "broken": broken}
+    # None: `kernels`, which are not run on a CPU
     rows = compare("double", lambda x: 2 * x, None, peers, [Case("N=8", (x,), fwd_bytes=64)])
     assert [r.impl for r in rows] == ["wrong", "nan", "broken", "reference"]
     assert rows[0].note.startswith("error 4.5e-01 exceeds") and rows[0].both_ms is None  # (2 - 1.1) / 2

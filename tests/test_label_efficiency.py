@@ -1,4 +1,4 @@
-"""benchmarks.label_efficiency at a small size: the arms, resuming, the table and the figure."""
+"""benchmarks.label_efficiency at a small size: the arms, a repeated command, the table and the figure."""
 
 from dataclasses import replace
 
@@ -57,14 +57,17 @@ def test_the_figure_has_a_panel_for_each_metric(tmp_path):
     draw(rows, tmp_path / "figure.png")
     picture = cv2.imread(str(tmp_path / "figure.png"))
     inked = (picture < 200).any(axis=(0, 2))  # columns
-    assert picture.shape[1] == pytest.approx(3 * 3.2 * 120, abs=2) and picture.std() > 20
+    # three panels of 3.1 inches at 120 dots per inch
+    assert picture.shape[1] == pytest.approx(3 * 3.1 * 120, abs=2) and picture.std() > 20
     assert all(part.mean() > 0.5 for part in np.array_split(inked, 3))
     with pytest.raises(UserError, match="nothing to draw"):
-        draw([replace(ROW, split="city_dev")], tmp_path / "figure.png")
+        draw([], tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys):
-    """Pre-training and four arms, of two steps each, on the small city; then two more seeds, and a repeated command."""
+    """Pre-training and four arms, of two steps each, on the small city; then one more seed of one arm, which runs
+    alone. Other settings under the same variant are refused, and a run that fails ends the program."""
     args = Args(
         fractions=(0.5,),
         seeds=(0,),
@@ -91,9 +94,14 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
     assert "4 of 4: " in capsys.readouterr().out
     label_efficiency.main(replace(args, seeds=(0, 1), arms=("scratch",)))
     assert "1 of 1: scratch, 0.5 of the labels, seed 1" in capsys.readouterr().out
-    assert len(read_rows(tmp_path / "results.csv")) == 10
+    assert len(read_rows(tmp_path / "results.csv")) == 10  # two metrics of each of five runs
     with pytest.raises(UserError, match="name a new variant"):
         label_efficiency.main(replace(args, flags="--workers 0 --lr 1"))
+    with pytest.raises(UserError, match="name a new variant"):
+        label_efficiency.main(replace(args, pretrained=tmp_path / "another"))
+    label_efficiency.main(replace(args, figure=tmp_path / "figure.png"))
+    frame = cv2.imread(str(tmp_path / "figure_frame.png"))
+    assert frame.shape[1] == 960 and frame.std() > 20
     with pytest.raises(SystemExit):
         label_efficiency.main(
             replace(args, flags="--lr -1", variant="other", pretrained=tmp_path / "lidar/default/pretrained")

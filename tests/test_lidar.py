@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.check import WaitRecorder
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from unipad import config
 from unipad.errors import UserError
 from unipad.kernels import backend
@@ -47,7 +47,7 @@ def test_sparse_encoder_matches_the_original(name):
     arrays, record = load(name)
     widths = [stage[0] for stage in record["config"]["encoder_channels"]]
     net = SparseEncoder(in_channels=5, widths=widths, blocks=2, out_channels=32).eval()
-    net.load_state_dict(weights(arrays, "encoder.lidar.encoder."))
+    net.load_state_dict(recorded(arrays, "encoder.lidar.encoder."))
     features = arrays["in/voxel_features"].requires_grad_()
     visible = torch.ones(len(features), dtype=torch.bool)
     if "mask" in name:
@@ -60,7 +60,7 @@ def test_sparse_encoder_matches_the_original(name):
     assert {tuple(c) for c in out.voxels.coords.tolist()} == active and len(out.voxels) == len(active)
     (out.dense() * arrays["in/w_out"]).sum().backward()
     assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")
-    gradients = weights(arrays, "encoder.lidar.encoder.", "grad/")
+    gradients = recorded(arrays, "encoder.lidar.encoder.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
@@ -71,8 +71,8 @@ def test_neck_matches_the_original():
     widths, strides = record["config"]["backbone"]["out_channels"], record["config"]["backbone"]["layer_strides"]
     backbone = Second(in_channels=32, widths=widths, strides=strides, layers=2).eval()
     neck = SecondFPN(widths, strides, channels=24).eval()
-    backbone.load_state_dict(weights(arrays, "encoder.lidar.backbone."))
-    neck.load_state_dict(weights(arrays, "encoder.lidar.neck."))
+    backbone.load_state_dict(recorded(arrays, "encoder.lidar.backbone."))
+    neck.load_state_dict(recorded(arrays, "encoder.lidar.neck."))
     x = arrays["in/x"].requires_grad_()
     branches = backbone(x)
     out = neck(branches)
@@ -82,7 +82,7 @@ def test_neck_matches_the_original():
     (out * arrays["in/w_out"]).sum().backward()
     assert_close_to_max(x.grad, arrays["grad/x"], 1e-5, "x")
     for net, prefix in ((backbone, "backbone."), (neck, "neck.")):
-        expected = weights(arrays, "encoder.lidar." + prefix, "grad/")
+        expected = recorded(arrays, "encoder.lidar." + prefix, "grad/")
         assert expected.keys() == dict(net.named_parameters()).keys()
         for key, param in net.named_parameters():
             assert_close_to_max(param.grad, expected[key], 1e-5, prefix + key)
@@ -200,6 +200,7 @@ def test_voxels_are_where_the_points_are():
     assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, point)
     assert out.voxels.shape == GRID.shape[::-1]
     assert [0, 2, 1, 13] in out.voxels.coords.tolist()  # (3.2 + 2) / 2, (-2.1 + 4) / 1, (5.3 + 8) / 1
+    # strided convolutions also reach neighboring cells
     assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1
 
 

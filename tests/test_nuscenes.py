@@ -99,7 +99,7 @@ def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
         path = np.subtract(following["translation"], annotation["translation"])
         np.testing.assert_allclose(moved[:2], path[:2], atol=1e-2)
         speeds.append(np.hypot(*box[7:]))
-    assert max(speeds) > 1
+    assert max(speeds) > 1  # m/s
 
 
 def test_boxes_contain_at_least_90_percent_of_num_lidar_pts(nusc, dataset):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_train import train
+from tests.test_train import run_train
 from unipad.batch import CLASSES
 from unipad.boxes import box_corners
 from unipad.config import Data
@@ -111,6 +111,6 @@ def test_a_run_skips_a_damaged_frame_and_one_with_a_missing_file_and_names_them(
     broken.write_bytes(broken.read_bytes()[:-7])
     missing = sorted(root.glob("samples/CAM_BACK/*.jpg"))[1]
     missing.unlink()
-    done = train("--data-root", root, "--preset", "tiny", "--steps", 4, "--out", tmp_path / "run", cwd=tmp_path)
+    done = run_train("--data-root", root, "--preset", "tiny", "--steps", 4, "--out", tmp_path / "run", cwd=tmp_path)
     assert f"skipped {broken}: is truncated" in done.stderr, done.stderr
     assert f"missing: {missing.relative_to(root)}" in done.stderr, done.stderr

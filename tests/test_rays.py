@@ -55,7 +55,7 @@ def make_batch(point_lists, views=2, size=(16, 32), unpadded=(12, 30)):
     )
 
 
-def generators(*seeds):
+def seeded_generators(*seeds):
     """One generator per sample, each with its seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -70,7 +70,7 @@ def test_rays_match_the_original():
     arrays, meta = load("sample_rays_default")
     cfg = RayChoice(per_view=64, near_radius=3.0, far_radius=100.0)
     scale = 1 / max(map(abs, meta["pc_range"]))  # the record's lengths are meters * scale
-    lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]  # of one frame
+    lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]  # of the keyframe
     batch = replace(
         make_batch([[], []]),
         images=arrays["in/raw_image_uint8"].float() / 255,
@@ -104,7 +104,7 @@ def test_rays_match_the_original():
 
 def test_a_ray_to_a_point_on_the_optical_axis():
     """The point is 5 m ahead of the camera of view 0, which is at y = 1."""
-    rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, per_view=1, generators=generators(0))
+    rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, per_view=1, generators=seeded_generators(0))
     torch.testing.assert_close(rays.origins, torch.tensor([[0.0, 1.0, 2.0]]).expand(2, 3))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.0, 1.0, 0.0]))
     assert rays.depth.tolist() == [5.0, -1.0]  # view 1 looks the other way
@@ -113,7 +113,7 @@ def test_a_ray_to_a_point_on_the_optical_axis():
 
 def test_depth_is_the_distance_along_the_ray():
     """A point 3 m to the right and 4 m ahead of view 0 is 5 m away. Its pixel is (16 + 10 * 3 / 4, 8), truncated."""
-    rays = lidar_rays(make_batch([[3.0, 5.0, 2.0]]), ALL_RADII, per_view=1, generators=generators(0))
+    rays = lidar_rays(make_batch([[3.0, 5.0, 2.0]]), ALL_RADII, per_view=1, generators=seeded_generators(0))
     torch.testing.assert_close(rays.depth[0], torch.tensor(5.0))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.6, 0.8, 0.0]))
     torch.testing.assert_close(rays.rgb[0], torch.tensor([23 / 32, 8 / 16, 0.0]))
@@ -146,7 +146,7 @@ def test_only_points_strictly_inside_the_unpadded_image_are_visible(pixel, depth
 def test_radius_limits_are_strict():
     batch = make_batch([[[0.0, 3.0, 2.0], [0.0, 4.0, 2.0], [0.0, 5.0, 2.0]]], views=1)
     cfg = replace(ALL_RADII, near_radius=3.0, far_radius=5.0)
-    rays = choose_rays(batch, cfg, generators(0))
+    rays = choose_rays(batch, cfg, seeded_generators(0))
     assert rays.depth[rays.depth > 0].tolist() == [3.0]  # only the point at radius 4, 3 m from the camera at y = 1
 
 
@@ -155,7 +155,7 @@ def test_rays_go_to_points_first_then_to_pixels_of_the_grid_below_the_sky():
     _, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
     counts = visible.sum(1)
     cfg = replace(ALL_RADII, per_view=int(counts.max()) + 6, pixel_interval=3, sky=0.5)
-    rays = choose_rays(batch, cfg, generators(0))
+    rays = choose_rays(batch, cfg, seeded_generators(0))
     depth, rgb = rays.depth.view(2, -1), rays.rgb.view(2, -1, 3)
     for n, count in enumerate(counts.tolist()):
         assert (depth[n, :count] > 0).all() and (depth[n, count:] == -1).all()
@@ -168,7 +168,7 @@ def test_points_are_drawn_without_replacement():
     batch = make_batch([point_cloud(200)])
     _, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
     fewest = int(visible.sum(1).min())
-    depth = choose_rays(batch, replace(ALL_RADII, per_view=fewest), generators(3)).depth.view(2, -1)
+    depth = choose_rays(batch, replace(ALL_RADII, per_view=fewest), seeded_generators(3)).depth.view(2, -1)
     for n in range(2):
         assert len(set(depth[n].tolist())) == fewest
 
@@ -177,7 +177,7 @@ def test_every_point_is_drawn_equally_often():
     """3 of 6 points are drawn 600 times: each point 300 times on average, with a standard deviation of 12."""
     points = torch.tensor([[x, 6.0, 2.0] for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)])
     batch = make_batch([points] * 600, views=1)
-    rays = choose_rays(batch, replace(ALL_RADII, per_view=3), generators(*range(600)))
+    rays = choose_rays(batch, replace(ALL_RADII, per_view=3), seeded_generators(*range(600)))
     drawn = (rays.origins + rays.directions * rays.depth[:, None])[:, 0]  # x
     counts = (drawn[:, None] - points[:, 0]).abs().lt(1e-3).sum(0)
     assert counts.sum() == 600 * 3 and (counts - 300).abs().max() < 5 * 12
@@ -186,7 +186,7 @@ def test_every_point_is_drawn_equally_often():
 @pytest.mark.parametrize("points", [[], [[0.0, 6.0, 2.0]]], ids=["no points", "one, in the other view"])
 def test_a_view_without_points_casts_pixels(points):
     """View 1 has no points; its rays are the last eight."""
-    rays = choose_rays(make_batch([points]), ALL_RADII, generators(0))
+    rays = choose_rays(make_batch([points]), ALL_RADII, seeded_generators(0))
     assert len(rays) == 16 and (rays.depth[8:] == -1).all()
     torch.testing.assert_close(rays.directions.norm(dim=1), torch.ones(16))
     assert (rays.rgb[:, 1] >= 4 / 16).all()  # from row int(0.4 * 12) on, 0.4 being the default `sky`
@@ -194,7 +194,9 @@ def test_a_view_without_points_casts_pixels(points):
 
 def test_a_view_with_fewer_pixels_than_rays_repeats_them():
     cfg = replace(ALL_RADII, per_view=11, pixel_interval=16)
-    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))  # the grid has two pixels: two columns of one row
+    rays = choose_rays(
+        make_batch([[]], views=1), cfg, seeded_generators(0)
+    )  # the grid has two pixels: two columns of one row
     columns = rays.rgb[:, 0] * 32
     assert len(rays) == 11 and sorted((columns == x).sum().item() for x in (0, 16)) == [5, 6]
 
@@ -207,14 +209,14 @@ def test_rays_per_sample_is_the_number_of_chosen_rays(strategy, views):
         batch = replace(batch, images=batch.images[:, :0])
     for dilation in (1, 3, 5):
         cfg = replace(ALL_RADII, strategy=strategy, dilation=dilation)
-        assert len(choose_rays(batch, cfg, generators(1, 2))) == 2 * rays_per_sample(batch, cfg)
+        assert len(choose_rays(batch, cfg, seeded_generators(1, 2))) == 2 * rays_per_sample(batch, cfg)
 
 
 def test_rays_are_determined_by_the_generators():
     batch = make_batch([point_cloud(300)])
     for strategy in ("depth", "random", "dilation"):
         cfg = replace(ALL_RADII, strategy=strategy, dilation=2)
-        first, again, other = (choose_rays(batch, cfg, generators(seed)) for seed in (5, 5, 6))
+        first, again, other = (choose_rays(batch, cfg, seeded_generators(seed)) for seed in (5, 5, 6))
         assert torch.equal(first.directions, again.directions)
         assert not torch.equal(first.directions, other.directions)
 
@@ -223,10 +225,10 @@ def test_rays_are_determined_by_the_generators():
 def test_rays_of_a_sample_do_not_depend_on_the_others(strategy):
     clouds = [point_cloud(70, 1), point_cloud(110, 2)]
     cfg = replace(ALL_RADII, strategy=strategy)
-    both = choose_rays(make_batch(clouds), cfg, generators(1, 2))
+    both = choose_rays(make_batch(clouds), cfg, seeded_generators(1, 2))
     half = len(both) // 2
     for b in range(2):
-        alone = choose_rays(make_batch(clouds[b : b + 1]), cfg, generators(b + 1))
+        alone = choose_rays(make_batch(clouds[b : b + 1]), cfg, seeded_generators(b + 1))
         own = both[b * half : (b + 1) * half]
         assert (own.volume_idx == b).all() and (alone.volume_idx == 0).all()
         for name in ("origins", "directions", "depth", "rgb"):
@@ -240,8 +242,8 @@ def test_nothing_waits_for_the_gpu(strategy):
     names = ("images", "image_sizes", "lidar2image", "lidar2camera", "points")
     fake = replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
     with mode:
-        choose_rays(fake, replace(ALL_RADII, strategy=strategy), generators(0, 1))
-        rays = lidar_rays(fake, ALL_RADII, per_view=8, generators=generators(0, 1))
+        choose_rays(fake, replace(ALL_RADII, strategy=strategy), seeded_generators(0, 1))
+        rays = lidar_rays(fake, ALL_RADII, per_view=8, generators=seeded_generators(0, 1))
         assert rays.directions.shape == (2 * 2 * 8, 3)  # samples * views * per_view
         # a wait would have been noticed
         with pytest.raises(DataDependentOutputException):
@@ -250,7 +252,7 @@ def test_nothing_waits_for_the_gpu(strategy):
 
 def test_random_pixels_cover_the_unpadded_image():
     cfg = replace(ALL_RADII, strategy="random", per_view=4000)
-    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))
+    rays = choose_rays(make_batch([[]], views=1), cfg, seeded_generators(0))
     columns, rows = (rays.rgb[:, 0] * 32).long(), (rays.rgb[:, 1] * 16).long()
     assert torch.equal(columns.unique(), torch.arange(30)) and torch.equal(rows.unique(), torch.arange(12))
     assert (rays.depth == -1).all()
@@ -258,7 +260,7 @@ def test_random_pixels_cover_the_unpadded_image():
 
 def test_dilation_takes_every_pixel_of_its_grid():
     cfg = replace(ALL_RADII, strategy="dilation", dilation=5)
-    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))
+    rays = choose_rays(make_batch([[]], views=1), cfg, seeded_generators(0))
     # 4 x 7 pixels of the padded 16 x 32 image, of which 3 x 6 lie in the unpadded one: some of these are repeated
     assert len(rays) == 4 * 7
     pixels = {(round(u * 32), round(v * 16)) for u, v, _ in rays.rgb.tolist()}
@@ -269,7 +271,7 @@ def test_pixels_get_the_depth_of_the_nearest_point_in_them():
     """Pixel (16, 8) of view 0 is on its optical axis; there is one point 9 m away, and one 4 m away slightly off it."""
     batch = make_batch([[[0.0, 10.0, 2.0], [0.2, 5.0, 1.9]]])
     cfg = replace(ALL_RADII, strategy="dilation", dilation=8)
-    rays = choose_rays(batch, cfg, generators(0))
+    rays = choose_rays(batch, cfg, seeded_generators(0))
     on_axis = (rays.directions - torch.tensor([0.0, 1.0, 0.0])).norm(dim=1) < 1e-5
     assert on_axis.any() and (rays.depth[~on_axis] == -1).all()
     torch.testing.assert_close(rays.depth[on_axis], torch.full_like(rays.depth[on_axis], 4.0))
@@ -277,7 +279,7 @@ def test_pixels_get_the_depth_of_the_nearest_point_in_them():
 
 def test_lidar_rays_all_have_depth():
     batch = make_batch([point_cloud(30)])
-    rays = lidar_rays(batch, ALL_RADII, per_view=50, generators=generators(0))
+    rays = lidar_rays(batch, ALL_RADII, per_view=50, generators=seeded_generators(0))
     assert len(rays) == 100 and (rays.depth > 0).all()
     ends = rays.origins + rays.directions * rays.depth[:, None]
     assert (ends[:, None] - batch.points[:, :3]).norm(dim=-1).amin(1).max() < 1e-4
@@ -286,7 +288,7 @@ def test_lidar_rays_all_have_depth():
 def test_lidar_rays_of_an_empty_sample_have_no_depth():
     """Nor have those of view 1 of the other sample, whose point is in view 0."""
     batch = make_batch([[], [[0.0, 6.0, 2.0]]])
-    rays = lidar_rays(batch, ALL_RADII, per_view=4, generators=generators(0, 1))
+    rays = lidar_rays(batch, ALL_RADII, per_view=4, generators=seeded_generators(0, 1))
     assert rays.depth.tolist() == [-1.0] * 8 + [5.0] * 4 + [-1.0] * 4
     assert rays.directions.isfinite().all()
 
@@ -306,7 +308,7 @@ def test_pixel_rays_lie_on_the_grid():
 
 def test_unknown_strategy_is_rejected():
     with pytest.raises(ValueError, match="no ray strategy 'all'"):
-        choose_rays(make_batch([[]]), replace(ALL_RADII, strategy="all"), generators(0))
+        choose_rays(make_batch([[]]), replace(ALL_RADII, strategy="all"), seeded_generators(0))
 
 
 def test_without_cameras_rays_go_from_the_lidar_to_the_keyframes_points():
@@ -319,7 +321,7 @@ def test_without_cameras_rays_go_from_the_lidar_to_the_keyframes_points():
     batch = replace(make_batch([[], []]), points=points, point_counts=torch.tensor([4, 0]))
     batch = replace(batch, images=batch.images[:, :0])
     cfg = RayChoice(per_view=3, lidar_per_view=3, near_radius=3.0, far_radius=50.0)
-    rays = choose_rays(batch, cfg, generators(0, 1))
+    rays = choose_rays(batch, cfg, seeded_generators(0, 1))
     assert len(rays) == 2 * 6 * 3 and not rays.origins.any()  # samples * 6 (as nuScenes' cameras) * per_view
     full, empty = rays[rays.volume_idx == 0], rays[rays.volume_idx == 1]
     ends = (full.directions * full.depth[:, None]).round(decimals=4)

@@ -1,4 +1,6 @@
-"""The README's commands run at small sizes, its file list is complete, its frozen encoders start from weights."""
+"""The README's commands run at small sizes, and its file list is complete; its commands and those of docs/recipes.md
+give trained weights to recipes that freeze stages of the camera encoder.
+"""
 
 import re
 import shlex
@@ -38,7 +40,11 @@ SMALLER = [
     (r"(eval\.py .*)--picture-stride 4", r"\1--picture-stride 16"),
     (r"(eval\.py .*--mesh)", r"\1 --mesh-cell 4 --picture-stride 16"),
     (r"-m unipad\.selfcheck$", "-m unipad.selfcheck --ops voxelize"),
-    (r"--seeds 0 1 2", "--seeds 0 --steps 1 --pretrained outputs/train-lidar"),
+    (
+        r"(label_efficiency .*)--fractions 0.05 --arms scratch pretrained",
+        r"\1--fractions 0.5 --steps 1 --arms pretrained --pretrained outputs/train-lidar --preset tiny "
+        r"--data-root data/synthetic --version v1.0-mini",
+    ),
     (r"--scenes 10 --keyframes 4 --image-size 900 1600", "--scenes 2 --keyframes 2 --image-size 64 96"),
 ]
 

@@ -9,7 +9,7 @@ import benchmarks.eager
 from benchmarks.eager import EagerRenderer
 from tests.check import launches
 from tests.conftest import HAS_GPU
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from unipad.config import Grid, Render
 from unipad.kernels import backend
 from unipad.kernels.lift import lift
@@ -61,7 +61,7 @@ def gradients(losses, renderer, volume):
 def test_field_equals_the_original():
     record, _ = load("render_sdf_field")
     field = Field(Render(), RECORDED_GRID)
-    field.load_state_dict(weights(record, "renderer.field."))
+    field.load_state_dict(recorded(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
     starts, deltas = record["in/starts"][..., 0], record["in/deltas"][..., 0]
     directions = record["in/directions"]
@@ -82,7 +82,7 @@ def test_field_equals_the_original():
     # in/w_*: the upstream gradients
     sum((value * record[f"in/w_{name}"]).sum() for name, value in out.items()).backward()
     assert_close_to_max(volume.grad, record["grad/feature_volume"], 1e-4, "volume")
-    for name, expected in weights(record, "renderer.field.", "grad/").items():
+    for name, expected in recorded(record, "renderer.field.", "grad/").items():
         assert_close_to_max(field.get_parameter(name).grad, expected, 1e-3, name)
 
 
@@ -97,7 +97,7 @@ def test_rendering_equals_the_original(name, cfg, weights_tolerance):
     """Outputs, every recorded loss with two truncations, and all gradients."""
     record, meta = load(name)
     renderer = Renderer(replace(cfg, truncation=1.5), RECORDED_GRID).eval()
-    renderer.field.load_state_dict(weights(record, "renderer.field."))
+    renderer.field.load_state_dict(recorded(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
     rays = recorded_rays(record)
 
@@ -121,7 +121,7 @@ def test_rendering_equals_the_original(name, cfg, weights_tolerance):
 
     computed = gradients(losses, renderer, volume)
     expected = {"volume": record["grad/feature_volume"]}
-    expected |= {f"field.{key}": value for key, value in weights(record, "renderer.field.", "grad/").items()}
+    expected |= {f"field.{key}": value for key, value in recorded(record, "renderer.field.", "grad/").items()}
     assert computed.keys() == expected.keys()
     for key, value in expected.items():
         assert_close_to_max(computed[key], value, 1e-3, key)
@@ -133,7 +133,7 @@ def test_unisurf_places_samples_as_the_original():
     record, _ = load("render_unisurf_sampler")
     cfg = Render(method="unisurf", samples=24, importance=16, search=48)
     field = Field(cfg, RECORDED_GRID)
-    field.load_state_dict(weights(record, "renderer.field."))
+    field.load_state_dict(recorded(record, "renderer.field."))
     volume = record["in/feature_volume"].permute(1, 2, 3, 0)[None]
     origins, directions = record["in/origins"], record["in/directions"]
     idx = torch.zeros(len(origins), dtype=torch.int32)
@@ -160,14 +160,14 @@ def test_training_step_of_the_render_head_equals_the_original():
     features = [f.permute(0, 1, 3, 4, 2) for f in leaves[:2]]  # [B, N, h, w, C]
     depths = [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in leaves[2:]]  # [B * N, ...] to [B, N, h, w, D]
     H, W = record["in/img_shape"][0, 0, :2].tolist()
-    lidar2image = record["in/lidar2img"][:, :, 0]
+    lidar2image = record["in/lidar2img"][:, :, 0]  # of the only camera frame, the keyframe
     low, cell, shape = RECORDED_GRID.low, RECORDED_GRID.cell, RECORDED_GRID.shape
     volume = lift(features, depths, lidar2image, low, cell, shape, image_size=(H, W), depth_range=(0.0, 64.0))
     volume = volume.permute(0, 4, 1, 2, 3)
     assert_close_to_max(volume, record["out/unified_volume"], 1e-5, "unified volume")
 
     head = torch.nn.ModuleDict({"project": ConvNormReLU3d(12, 32), "renderer": Renderer(Render(), RECORDED_GRID)})
-    head.load_state_dict(weights(record, ""))
+    head.load_state_dict(recorded(record, ""))
     volume = head["project"](volume)
     assert_close_to_max(volume, record["out/render_volume"], 1e-5, "render volume")
     parts = [recorded_rays(record, f"_{b}") for b in range(2)]
@@ -187,10 +187,10 @@ def test_training_step_of_the_render_head_equals_the_original():
     sum(losses.values()).backward()
     for name, leaf in zip(("feat_0", "feat_1", "depth_map_0", "depth_map_1"), leaves, strict=True):
         assert_close_to_max(leaf.grad, record[f"grad/{name}"], 1e-3, name)
-    for name, expected in weights(record, "", "grad/").items():
+    for name, expected in recorded(record, "", "grad/").items():
         if name != "project.0.bias":  # followed by a batch norm, so its gradient is only rounding
             assert_close_to_max(head.get_parameter(name).grad, expected, 5e-3, name)
-    for name, expected in weights(record, "", "out/after/").items():  # running mean and variance
+    for name, expected in recorded(record, "", "out/after/").items():  # running mean and variance
         assert_close_to_max(head.state_dict()[name], expected, 1e-5, name)
 
 

@@ -123,8 +123,8 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
     # cameras, each 520 pixels wide with boxes and 300 with classes, are drawn in two rows beside a bird's-eye view
     columns = -(-len(cameras) // 2)
     assert detection_views(batch, detected).shape[1] > 520 * columns
-    keyframe_count = (batch.points[: batch.point_counts[0], 4] == 0).sum()
-    assert segment_views(batch, torch.ones(keyframe_count, dtype=torch.uint8)).shape[1] > 300 * columns
+    keyframe_points = (batch.points[: batch.point_counts[0], 4] == 0).sum()  # column 4: time lag
+    assert segment_views(batch, torch.ones(keyframe_points, dtype=torch.uint8)).shape[1] > 300 * columns
     rays = pixel_rays(batch, sample=0, stride=8)
     assert len(rays) == sum(-(-h // 8) * -(-w // 8) for _, (h, w), _ in cameras.values())
     assert (rays.rgb.sum(dim=1) > 0).all()  # none in the padding
@@ -237,7 +237,7 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
     removed = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
     for name in removed:
         (copy / name).unlink()
-    # (cameras, sweeps) -> frames that are left
+    # (whether images are read, LiDAR frames per sample) -> frames that remain
     expected = {(True, 1): [1, 2], (True, 2): [1], (False, 1): [0, 1, 2], (False, 2): [0, 1]}
     for (cameras, sweeps), frames in expected.items():
         capsys.readouterr()

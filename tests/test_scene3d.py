@@ -1,4 +1,4 @@
-"""The 3D view: its geometry compared with values by hand, and its vertices as TensorBoard reads them."""
+"""The 3D view: its geometry compared with values worked out by hand, and its vertices as TensorBoard reads them."""
 
 from dataclasses import replace
 

@@ -17,8 +17,8 @@ RECIPE = SEGMENT["lidar"]["tiny"]
 
 
 def by_definition(probabilities, labels):
-    """The Lovász extension of 1 - IoU, mean over the classes that occur: the errors of the points in descending order,
-    each times the increase of 1 - IoU when this point becomes wrong after those before it."""
+    """The Lovász extension of 1 - IoU, mean over the classes that occur. Of a class: the sum over all points, largest
+    error first, of error times the increase of 1 - IoU when this point becomes wrong after those before it."""
     values = []
     for c in labels.unique().tolist():
         true = {i for i, label in enumerate(labels.tolist()) if label == c}

@@ -155,9 +155,9 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
 
 
 def test_logits_of_views_are_summed_per_point(validation):
-    """Ground truth as logits stays perfect. Logits equal to x and y cancel in the sum over all eight views, not over
-    seven."""
-    eight = make_transforms(angles=np.radians([0, 90]))  # each with four flips
+    """A view is a rotated and flipped copy of the points. Ground truth as logits stays perfect. Logits equal to x and y
+    cancel in the sum over all eight views, not over seven."""
+    eight = make_transforms(angles=np.radians([0, 90]))  # each angle with four flips
     linear_parts = {tuple(np.round(view[:2, :2], 6).flatten() + 0) for view in eight}  # + 0: no -0
     assert len(linear_parts) == 8  # no two views are the same
 
@@ -182,10 +182,8 @@ SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1
 
 @pytest.fixture(scope="module")
 def runs(city, tmp_path_factory):
-    """Parent of two run folders: `pre`, of pre-training but with random weights, and `run`, two steps from it.
-
-    The learning rate is so small that the weights stay those of `pre`.
-    """
+    """Parent of two run folders: `pre`, of pre-training but with random weights, and `run`, two steps of fine-tuning
+    from it. The learning rate is so small that the encoder's weights stay those of `pre`."""
     folder = tmp_path_factory.mktemp("segment")
     save_run(folder / "pre", Pretrain(PRETRAIN["lidar"]["segment-tiny"]), city)
     finetune.main(parse(city, folder / "run", "--pretrained", folder / "pre", "--steps", 2, "--lr", 1e-12))
@@ -197,7 +195,7 @@ def parse(city, out, *flags):
     return finetune.parse([*SMALL, "--task", "segment", "--data-root", city, "--out", out, "--steps", 3, *flags])
 
 
-def test_a_run_writes_all_its_files(runs):
+def test_a_run_writes_its_log_picture_and_config(runs):
     run = runs / "run"
     assert sorted(curve(run)) == [1, 2] and 0 <= curve(run, "val/mIoU")[2] < 0.3  # the model is untrained
     assert curve(run, "train/lovasz")[1] > 0 and curve(run, "train/cross_entropy")[1] > 0

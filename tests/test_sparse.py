@@ -28,7 +28,7 @@ CHANNELS = [(1, 5), (5, 16), (16, 18), (18, 1)]  # (in, out): a test uses one pa
 
 
 def coords_of(name, shape=SHAPE):
-    """(voxels [N, 4], batch size) of a test case: "none", "one", "block" or "scattered" (in random order)."""
+    """(voxels [N, 4]: grid, z, y, x; batch size) of a test case: "none", "one", "block" or "scattered" (shuffled)."""
     Z, Y, X = shape
     if name == "none":
         return torch.empty(0, 4, dtype=torch.int32), 2
@@ -176,7 +176,7 @@ def test_inverse_needs_a_convolution_to_invert():
 def test_weight_layout_and_initialization():
     conv = SparseConv3d(16, 8, (3, 2, 1), 2)
     assert conv.weight.shape == (8, 3, 2, 1, 16) and conv.bias.shape == (8,)
-    bound = 1 / math.sqrt(16 * 3 * 2 * 1)  # inputs of an output: channels * cells of the kernel
+    bound = 1 / math.sqrt(16 * 3 * 2 * 1)  # fan-in: channels * cells of the kernel
     assert 0.9 * bound < conv.weight.abs().max() <= bound
     assert SubMConv3d(1, 1, 3, bias=False).state_dict().keys() == {"weight"}
     text = "16, 8, kernel=(3, 2, 1), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), bias=True"
@@ -273,7 +273,7 @@ class Small(nn.Module):
 
 
 def step(net, call, x):
-    """Output, gradients and running mean of one training step of `net`, called as `call`."""
+    """Output, gradients and running mean of one training step of `net`; `call` runs its forward pass."""
     features = x.features.detach().requires_grad_()
     out = call(SparseTensor(features, x.voxels))
     out.float().square().mean().backward()
@@ -283,7 +283,8 @@ def step(net, call, x):
 
 
 def assert_compiled_matches_eager(call, eager, compiled, names):
-    """For each of `names`, as in `coords_of`, a `step` of `compiled`, called as `call`, equals one of `eager`."""
+    """Assert that on the voxels of each of `names` (see `coords_of`) a `step` of `compiled`, whose forward pass `call`
+    runs, equals one of `eager`."""
     for name in names:
         x = sparse(name, 3, dtype=torch.float32)
         a, b = step(eager, eager, x), step(compiled, call, x)

@@ -32,6 +32,7 @@ from unipad.data.nuscenes import NuScenesDataset
 
 VERSION = "v1.0-mini"
 SMALL = {"scenes": 3, "keyframes": 3, "image_size": (72, 128), "workers": 2}
+# columns: azimuths of the LiDAR
 TINY = {"scenes": 2, "keyframes": 2, "image_size": (32, 48), "columns": 60, "progress": False}
 # "meta" of a submission
 META = {"use_camera": True, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
@@ -168,7 +169,7 @@ def test_points_lie_on_the_ground_and_in_their_boxes(nusc):
         points = LidarPointCloud.from_file(path).points
         labels = np.fromfile(Path(nusc.dataroot) / nusc.get("lidarseg", token)["filename"], np.uint8)
         assert len(labels) == points.shape[1]
-        assert points[3].min() >= 0 and points[3].max() <= 255
+        assert points[3].min() >= 0 and points[3].max() <= 255  # row 3: intensity
         flat = np.isin(labels, [CATEGORY[n] for n in CATEGORIES if n.startswith("flat")])
         assert np.abs(points[2, flat] + rig.LIDAR_POSITION[2]).max() < 0.06  # meters: range noise
         in_boxes = np.zeros(len(labels), bool)
@@ -251,7 +252,8 @@ def test_lidar_and_cameras_agree(scene):
 
 
 def test_cast_returns_distances_computed_by_hand():
-    # center of the bottom, yaw, (length, width, height); the wedge's front leans inwards by 1 m per meter of height
+    # center of the bottom, yaw, (length, width, height), material, color, category; the wedge's front leans inwards by
+    # 1 m per meter of height
     box = solid((10, 0, 0), 0.0, (2, 2, 2), "plain", (1, 1, 1), "static.manmade")
     ball = solid((0, 10, 0), 0.0, (2, 4, 2), "plain", (1, 1, 1), "static.vegetation", is_round=True)
     wedge = solid((-10, 0, 0), 0.0, (4, 4, 2), "plain", (1, 1, 1), "static.manmade", taper=(1, 0, 0))
@@ -378,9 +380,10 @@ def test_a_city_of_many_scenes_has_splits_of_its_own(tmp_path):
     assert len(NuScenesDataset(root, "city", "city_dev", Data())) == 2 * TINY["keyframes"]
 
 
-def test_many_scenes_are_in_several_districts_and_in_any_weather():
+def test_many_scenes_are_in_several_districts_and_in_varied_weather():
     scenes = [Scene(seed=0, index=index, duration=0.5, varied=True) for index in (0, 15, 16)]
     assert scenes[0].city is scenes[1].city and scenes[1].city is not scenes[2].city
+    # the blocks at the same place of two districts differ
     blocks = [city.block(3, 3) for city in (scenes[0].city, scenes[2].city)]
     assert len(blocks[0]) != len(blocks[1]) or not np.array_equal(*blocks)
     assert len({scene.weather.haze_length for scene in scenes}) == 3

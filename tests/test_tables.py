@@ -235,7 +235,7 @@ def test_an_image_without_a_size_is_named(copy):
     ],
 )
 def test_a_jump_in_time_or_space_is_named(copy, channel, table, field, value, words):
-    """The wrong value is in the fourth sample_data record of a channel, or in its ego pose (which has its token)."""
+    """The wrong value is in a channel's fourth sample_data record, or in its ego pose (which has the same token)."""
     frames = json.loads((copy / VERSION / "sample_data.json").read_text())
     token = [row["token"] for row in frames if f"/{channel}/" in row["filename"]][3]
     rows = json.loads((copy / VERSION / f"{table}.json").read_text())

@@ -16,7 +16,7 @@ SMALL += ["--val-every", "0", "--val-samples", "1", "--picture-stride", "16"]
 SMALL += ["--render.samples", "12", "--render.importance", "4"]
 
 
-def train(*flags, cwd, launch=scripts.run, check=True):
+def run_train(*flags, cwd, launch=scripts.run, check=True):
     """Run train.py in `cwd` with the flags SMALL and `flags`, which override them; returns the finished process.
 
     launch: `scripts.run`, or `scripts.run_two` for two processes. check: assert that the exit code is 0.
@@ -43,7 +43,7 @@ def uninterrupted(city, tmp_path_factory):
     """An uninterrupted run of eight steps: (run folder, finished process)."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--val-every", 3, "--out", run]
-    return run, train(*flags, cwd=run.parent)
+    return run, run_train(*flags, cwd=run.parent)
 
 
 def test_a_run_writes_all_its_files(uninterrupted):
@@ -73,10 +73,10 @@ def test_tensorboard_has_curves_and_pictures(uninterrupted):
 def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     """Its weights are those of an uninterrupted run that, unlike this one, also validates."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", tmp_path / "run"]
-    train(*flags, "--stop-at", 3, cwd=tmp_path)
+    run_train(*flags, "--stop-at", 3, cwd=tmp_path)
     assert checkpoint(tmp_path / "run")["step"] == 3
     # --checkpointing and --tune change memory and speed, but no result
-    train(*flags, "--resume", "auto", "--checkpointing", "--tune", cwd=tmp_path)
+    run_train(*flags, "--resume", "auto", "--checkpointing", "--tune", cwd=tmp_path)
     assert_same_weights(tmp_path / "run", uninterrupted[0])
 
 
@@ -93,7 +93,7 @@ def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     # as if it had logged steps after its last checkpoint, and was killed while it wrote the line of step 8
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "train/loss": 99.0}\n{"step": 8, "train/l')
-    done = train(*flags, "--resume", "auto", cwd=tmp_path)
+    done = run_train(*flags, "--resume", "auto", cwd=tmp_path)
     assert f"steps {killed_after} to 8" in done.stdout
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in logged if "train/loss" in r] == list(range(1, 9))
@@ -103,7 +103,7 @@ def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
 
 def test_resuming_a_finished_run_prints_its_results(uninterrupted, city, tmp_path):
     run, first = uninterrupted
-    done = train("--data-root", city, "--preset", "tiny", "--steps", 8, "--resume", run, cwd=tmp_path)
+    done = run_train("--data-root", city, "--preset", "tiny", "--steps", 8, "--resume", run, cwd=tmp_path)
     metrics = slice(-8, -3)  # header and four metrics; the last three lines say where the results are
     assert done.stdout.splitlines()[metrics] == first.stdout.splitlines()[metrics]
 
@@ -125,17 +125,17 @@ def test_half_precisions_train_and_deterministic_runs_have_equal_losses(flags, c
     for run in runs:
         common = ["--data-root", city, "--preset", "tiny", "--steps", 2, "--out", run]
         common += ["--device", device, "--val-every", 2 if "bf16" in flags else 0]
-        train(*common, *flags, cwd=run.parent)
+        run_train(*common, *flags, cwd=run.parent)
     assert sorted(curve(runs[0])) == [1, 2] and curve(runs[0]) == curve(runs[-1])
 
 
 @pytest.mark.parametrize("modality", ["lidar", "fusion"])
 def test_lidar_and_fusion_train_and_resume_bit_equal(modality, city, tmp_path):
     flags = ["--modality", modality, "--data-root", city, "--preset", "tiny", "--steps", 4]
-    done = train(*flags, "--val-every", 4, "--out", tmp_path / "uninterrupted", cwd=tmp_path)
+    done = run_train(*flags, "--val-every", 4, "--out", tmp_path / "uninterrupted", cwd=tmp_path)
     assert "depth_abs_rel" in done.stdout and ("psnr" in done.stdout) == (modality == "fusion")
-    train(*flags, "--stop-at", 2, "--out", tmp_path / "run", cwd=tmp_path)
-    train(*flags, "--resume", tmp_path / "run", cwd=tmp_path)
+    run_train(*flags, "--stop-at", 2, "--out", tmp_path / "run", cwd=tmp_path)
+    run_train(*flags, "--resume", tmp_path / "run", cwd=tmp_path)
     assert_same_weights(tmp_path / "run", tmp_path / "uninterrupted")
 
 
@@ -148,19 +148,19 @@ def test_lidar_trains_without_images(city, tmp_path):
     (root / "samples").mkdir()
     (root / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
     flags = ["--modality", "lidar", "--preset", "tiny", "--steps", 2]
-    done = train(*flags, "--data-root", root, "--val-every", 2, "--out", tmp_path / "no_files", cwd=tmp_path)
+    done = run_train(*flags, "--data-root", root, "--val-every", 2, "--out", tmp_path / "no_files", cwd=tmp_path)
     assert "no training frame has all its images: rays are cast from the LiDAR" in done.stdout
     assert (tmp_path / "no_files" / "images" / "val_000002.png").stat().st_size > 10_000
-    train(*flags, "--data-root", city, "--data.no-cameras", "--out", tmp_path / "ignored", cwd=tmp_path)
+    run_train(*flags, "--data-root", city, "--data.no-cameras", "--out", tmp_path / "ignored", cwd=tmp_path)
     assert curve(tmp_path / "ignored") == curve(tmp_path / "no_files")
 
 
 def test_fusion_starts_from_a_camera_and_a_lidar_run(uninterrupted, city, tmp_path):
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 1]
-    train(*flags, "--modality", "lidar", "--out", tmp_path / "lidar", cwd=tmp_path)
+    run_train(*flags, "--modality", "lidar", "--out", tmp_path / "lidar", cwd=tmp_path)
     init = ["--init", uninterrupted[0], tmp_path / "lidar"]
     # with this learning rate, the one step hardly changes the weights
-    train(*flags, "--modality", "fusion", *init, "--lr", 1e-12, "--out", tmp_path / "fusion", cwd=tmp_path)
+    run_train(*flags, "--modality", "fusion", *init, "--lr", 1e-12, "--out", tmp_path / "fusion", cwd=tmp_path)
     camera, lidar = checkpoint(uninterrupted[0])["model"], checkpoint(tmp_path / "lidar")["model"]
     weights = checkpoint(tmp_path / "fusion")["model"]
     taken = 0
@@ -178,8 +178,8 @@ def test_two_processes_have_the_losses_of_one(city, tmp_path):
     may flip the sign of a small one."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 4, "--batch-size", 2, "--lr", 3e-5]
     flags += ["--val-every", 4]
-    train(*flags, "--out", tmp_path / "one", cwd=tmp_path)
-    train(*flags, "--out", tmp_path / "two", cwd=tmp_path, launch=scripts.run_two)
+    run_train(*flags, "--out", tmp_path / "one", cwd=tmp_path)
+    run_train(*flags, "--out", tmp_path / "two", cwd=tmp_path, launch=scripts.run_two)
     tolerances = {"train/loss": 2e-3, "train/rgb": 2e-3, "train/depth": 2e-3, "train/grad_norm": 2e-2, "val/psnr": 1e-4}
     for name, tolerance in tolerances.items():
         one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
@@ -191,8 +191,8 @@ def test_accumulated_micro_batches_have_about_the_loss_and_gradient_norm_of_a_ba
     """In the first step, and only roughly, since batch norm gets one of the two samples at a time. The learning rates
     are equal in all steps."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 2, "--batch-size", 2]
-    train(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
-    train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)
+    run_train(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
+    run_train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)
     for name in ("train/loss", "train/grad_norm"):
         whole, halves = curve(tmp_path / "whole", name), curve(tmp_path / "halves", name)
         assert 0.5 < whole[1] / halves[1] < 1.5, name
@@ -227,7 +227,7 @@ def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
         pytest.skip("this machine has a GPU: asking for it is no mistake")
     defaults = [] if "--data-root" in flags else ["--data-root", city]
     defaults += [] if "--preset" in flags else ["--preset", "tiny"]
-    done = train(*defaults, "--steps", 1, *flags, cwd=tmp_path, check=False)
+    done = run_train(*defaults, "--steps", 1, *flags, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     sentence = done.stderr.strip().splitlines()[-1]
     assert sentence.startswith("error: ") and all(word in sentence for word in words), sentence
@@ -239,13 +239,13 @@ def test_a_run_does_not_resume_with_other_settings(uninterrupted, city, tmp_path
     run, _ = uninterrupted
     settings = ["--data-root", city, "--preset", "tiny", "--steps", 8]
     flags = [*settings, "--out", run]
-    again = train(*flags, cwd=tmp_path, check=False)
+    again = run_train(*flags, cwd=tmp_path, check=False)
     assert again.returncode == 2 and "has a run already" in again.stderr
-    other = train(*flags, "--seed", 1, "--resume", "auto", cwd=tmp_path, check=False)
+    other = run_train(*flags, "--seed", 1, "--resume", "auto", cwd=tmp_path, check=False)
     assert other.returncode == 2 and "was started with --seed 0, not 1" in other.stderr
-    other = train(*flags, "--render.samples", 9, "--resume", run, cwd=tmp_path, check=False)
+    other = run_train(*flags, "--render.samples", 9, "--resume", run, cwd=tmp_path, check=False)
     assert other.returncode == 2 and "was started with --render.samples 12, not 9" in other.stderr
-    other = train(*settings, "--out", tmp_path / "other", "--resume", run, cwd=tmp_path, check=False)
+    other = run_train(*settings, "--out", tmp_path / "other", "--resume", run, cwd=tmp_path, check=False)
     assert other.returncode == 2 and f"--resume {run} goes on in {run}, so --out" in other.stderr
 
 

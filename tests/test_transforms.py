@@ -63,8 +63,8 @@ def test_a_rotation_by_90_degrees_and_scaling_by_2_by_hand(sample):
 
 
 def test_flips_by_hand(sample):
-    """As in the original, with its yaw' (see `unipad.boxes`): flip_x negates x, vx and yaw'; flip_y negates y and vy,
-    and yaw' becomes pi - yaw'."""
+    """As in the original, with its yaw' = -yaw - pi / 2: flip_x negates x, vx and yaw'; flip_y negates y and vy, and
+    yaw' becomes pi - yaw'."""
     x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
     flipped = {
         "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
@@ -217,8 +217,8 @@ def test_the_grid_matches_the_original(seed):
 
 
 def test_a_grid_by_hand():
-    """The 4 x 6 image starts at (1, 1) of a 6 x 9 grid, as do the first bars. With period 2, every other row and column
-    is a bar, which is visible."""
+    """The 4 x 6 image starts at (1, 1) of a 6 x 9 area, as do the first bars. With period 2, every other row and column
+    is a bar. Bars are visible, all else is hidden."""
     rows, columns = "1010", "101010"
     expected = [[r == "1" or c == "1" for c in columns] for r in rows]
     assert grid_mask(4, 6, period=2, top=1, left=1).tolist() == expected

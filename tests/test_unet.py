@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.check import DivideLikeGpu, WaitRecorder
-from tests.golden import assert_close_to_max, load, weights
+from tests.golden import assert_close_to_max, load, recorded
 from unipad import config
 from unipad.kernels import backend
 from unipad.model.sparse import SparseTensor, VoxelSet
@@ -26,7 +26,7 @@ def test_matches_the_original():
     arrays, record = load("spunet_eval")
     cfg = record["config"]
     net = Unet(cfg["in_channels"], cfg["base_channels"], cfg["channels"], cfg["layers"]).eval()
-    net.load_state_dict(weights(arrays, "encoder.lidar.encoder."))
+    net.load_state_dict(recorded(arrays, "encoder.lidar.encoder."))
     coords = arrays["in/coors"].int()
     features = arrays["in/voxel_features"].requires_grad_()
     # multiples of 16: the record's net halves the resolution four times
@@ -35,7 +35,7 @@ def test_matches_the_original():
     assert_close_to_max(out, arrays["out/features"], 1e-5)
     (out * arrays["in/w_out"]).sum().backward()  # the sum whose gradients were recorded
     assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")
-    gradients = weights(arrays, "encoder.lidar.encoder.", "grad/")
+    gradients = recorded(arrays, "encoder.lidar.encoder.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
@@ -43,7 +43,7 @@ def test_matches_the_original():
 
 def test_weights_convert_back_to_the_originals_keys():
     arrays, _ = load("spunet_eval")
-    ours = {f"encoder.lidar.encoder.{name}": w for name, w in weights(arrays, "encoder.lidar.encoder.").items()}
+    ours = {f"encoder.lidar.encoder.{name}": w for name, w in recorded(arrays, "encoder.lidar.encoder.").items()}
     theirs = {name.removeprefix("state/"): w for name, w in arrays.items() if name.startswith("state/")}
     del theirs["pts_middle_encoder.mtoken"]  # the mask token, which `Unet` does not have
     back, unknown = to_original(ours, spconv=2)

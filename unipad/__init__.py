@@ -24,6 +24,6 @@ selfcheck/     every op of kernels/ compared with its reference in fp64
 from pathlib import Path
 
 # `unipad.kernels` is unipad/kernels/ once installed, but kernels/ next to unipad/ in a checkout: there, this package's
-# search path gets the checkout's root. No top-level package, since another distribution has the name `kernels`.
+# search path gets the checkout's root. `kernels` is not installed top-level: another distribution has that name.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))

@@ -58,8 +58,8 @@ LIDARSEG_CLASSES = (
 @dataclass(frozen=True)
 class Batch:
     """B samples of N views: the keyframe's cameras (in nuScenes in the order of `CAMERAS`), then, with camera sweeps,
-    those of each camera sweep before it, the newest first; S times the keyframe's cameras in all. N = 0 without images.
-    Images may differ in size.
+    those of each camera sweep before it, the newest first. So N is S, the keyframe and its camera sweeps, times the
+    number of cameras; 0 without images. Images may differ in size.
 
     All views are encoded and supervise the depth head; only those of `keyframe()` are rendered, compared with the
     rendering, and shown in pictures.

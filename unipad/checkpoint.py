@@ -182,7 +182,7 @@ def _check_metrics(metrics):
     """Raises TypeError unless `metrics` is {name: number}, or such dicts under "before", "after" or both."""
     nested = [isinstance(values, dict) for values in metrics.values()]
     dicts = list(metrics.values()) if any(nested) else [metrics]
-    if any(nested) != all(nested) and metrics or any(values.keys() != dicts[0].keys() for values in dicts):
+    if len(set(nested)) > 1 or any(values.keys() != dicts[0].keys() for values in dicts):
         raise TypeError("its metrics differ in their names")
     if not all(type(value) in (float, int) for values in dicts for value in values.values()):
         raise TypeError("its metrics are no numbers")
@@ -205,7 +205,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # conver
 
 
 def load_weights(net: nn.Module, weights: dict, path: Path):
-    """Load `weights`, all that `net` has, from the file `path`. Raises `UserError` where they do not fit."""
+    """Load `weights`, which must be all that `net` has. Raises `UserError`, which names their file `path`, if not."""
     if fault := weights_fault(net.state_dict(), weights):
         raise UserError(f"the weights of {path} do not fit the recipe: {fault}.")
     net.load_state_dict(weights)
@@ -227,8 +227,8 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
     print0: called with a line per path, which says how many weights were taken and which were ignored; then with a
             line of those that keep their random initialization.
 
-    Returns the names taken. Raises `UserError` for a file that has none of the weights, or one that does not fit, and
-    where none of the files has the camera's frozen stages.
+    Returns the names taken. Raises `UserError` for a file in which none of the weights is found or one does not fit,
+    and where weights of the camera's frozen stages are in none of the files.
     """
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
     taken = set()

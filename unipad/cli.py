@@ -85,8 +85,8 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
 
 
 def args_of_run(args: A) -> A | None:
-    """The flags of the run that `--config` or `--resume RUN` names; None without either, or for `--resume auto`, which
-    needs the run's own flags again.
+    """The flags of the run that `--config` or `--resume RUN` names; None without either, or for `--resume auto`, with
+    which the run's flags are given again on the command line.
 
     Its --config, --resume, --out and --stop-at are not copied. Raises `UserError` if the run does not exist, is from
     another script or version of this project, or used a custom dataset that `args` does not repeat.

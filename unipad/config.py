@@ -368,8 +368,8 @@ def to_dict(config) -> dict:
 def from_dict(kind, value, name=""):
     """The inverse of `to_dict`: JSON-able `value` as a `kind`: a dataclass, the type of a field, or a union of these.
 
-    Raises TypeError, with the dotted name of the field, where the fields are not exactly those of a dataclass of
-    `kind`, or a value is not of its field's type.
+    Raises TypeError where the fields are not exactly those of a dataclass of `kind`, or, with the dotted name of the
+    field, where a value is not of its field's type.
 
     name: dotted name of the field that has the value, for messages; "" for a whole config.
     """
@@ -395,7 +395,7 @@ def _choices(kind):
 
 
 def _as(kind, value, name):
-    """The JSON value as an instance of `kind`, neither a dataclass nor a union; `_NO_MATCH` if it is none."""
+    """The JSON value as an instance of `kind`, neither a dataclass nor a union; `_NO_MATCH` if it is not one."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return value if value in inner else _NO_MATCH

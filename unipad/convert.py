@@ -9,9 +9,9 @@ Use the result with `train.py --init`, `finetune.py --pretrained` or, if it is a
 read as data: nothing in them is executed. ConvNeXts may be the official ones, timm's (`pytorch_model.bin`),
 torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as the released ones do, or of spconv 2.
 
-All weights must match one to one, unless --no-strict. Two kinds of UniPAD's are dropped, and restored on the way back:
-mmdet3d's `code_weights` of boxes, which are a setting here, and norms of stages that the FPN never reads. ImageNet
-classifiers and optimizer states are dropped for good.
+All weights must match one to one, unless --no-strict. Two kinds of UniPAD's weights are dropped, and restored on the
+way back: mmdet3d's `code_weights` of boxes, which are a setting here, and norms of stages that the FPN never reads.
+ImageNet classifiers and optimizer states are dropped for good.
 """
 
 import re
@@ -264,7 +264,8 @@ def _targets(recipe):
 def _unread_norms(recipe):
     """Norms that the original has but never reads, of stages before the FPN's first: name -> (channels, initial value).
 
-    mmdet's FPN gets all stages, or only the last one if it has a single level.
+    The original's backbone outputs all stages to mmdet's FPN or, if that has a single level, only the last one; then no
+    norm is unread.
     """
     camera = recipe.camera
     if camera is None or camera.fpn_levels == 1:

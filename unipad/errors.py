@@ -1,5 +1,5 @@
-"""User-facing errors: one sentence, exit code 2. Does not import torch, so that the processes that generate the
-synthetic city start without it."""
+"""User-facing errors: one sentence, exit code 2. This module does not import torch, so that the processes that
+generate the synthetic city start without it."""
 
 import dataclasses
 import os

@@ -40,11 +40,12 @@ CAMERA_075 = CameraConfig(
 CAMERA_BEVDET = replace(CAMERA_075, channels=128, depth="simple")
 CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
 
-# UVTR-CS (cameras with sweeps): no config is released. The paper's baseline, NDS 48.8 and mAP 39.2, is UVTR's
-# L2CS3-R101, which has three frames.
+# UVTR-CS (cameras with sweeps): no config is released. Three frames, as in UVTR's L2CS3-R101, whose NDS 48.8 and mAP
+# 39.2 are those of the paper's baseline.
 THREE_FRAMES = Data(sweeps=10, camera_sweeps=3)
 
-# For fine-tuning detection from LiDAR and for pre-training for segmentation; angles in radians, lengths in meters
+# For fine-tuning detection from LiDAR, with or without cameras, and for pre-training for segmentation; angles in
+# radians, lengths in meters
 LIDAR_AUGMENT = Augment(
     rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
 )

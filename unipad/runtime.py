@@ -58,7 +58,10 @@ class World:
         return max(1, min(4, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
     def micro_batch(self, batch_size: int, accumulate: int) -> int:
-        """Samples per micro-batch: a step has `accumulate` micro-batches in every process. Raises `UserError`."""
+        """Samples per micro-batch: a step has `accumulate` micro-batches in every process.
+
+        Raises `UserError` if `batch_size` is not a multiple of their number.
+        """
         parts = self.size * accumulate
         if batch_size % parts:
             raise UserError(
@@ -114,7 +117,7 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         torch.use_deterministic_algorithms(True)
     if size > 1:
         gpu = device if device.type == "cuda" else None
-        # The others may wait hours while the main one builds an index, cuts out objects or runs the devkit's metrics.
+        # Processes may wait hours while the main one builds an index, cuts out objects or runs the devkit's metrics.
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=12))
         _GROUPS.append(dist.group.WORLD)
     world = World(rank, size, device)

@@ -63,9 +63,9 @@ def _is_ready():
 
 def virtual_environment(folder):
     """The Python executable of the virtual environment in `folder` (None: one in ~/.cache), created if missing."""
-    pins = hashlib.sha256(repr((PINS, OTHERS, sys.version_info[:2])).encode()).hexdigest()[:8]
+    pins_hash = hashlib.sha256(repr((PINS, OTHERS, sys.version_info[:2])).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    default = cache / "unipad-triton" / f"as-on-a-gpu-{pins}"
+    default = cache / "unipad-triton" / f"as-on-a-gpu-{pins_hash}"
     python, finished = (folder or default) / "bin" / "python", default / "finished"
     complete = finished if folder is None else python  # the file whose existence says that nothing is to be done
     if complete.exists():

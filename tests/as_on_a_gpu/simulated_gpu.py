@@ -104,7 +104,10 @@ def _device_of(ttsem_mode):
 
 
 class DevicePropagation(TorchDispatchMode):
-    """Propagates the device from the inputs of each operator to its outputs; inputs must be on one device."""
+    """Propagates the device from the inputs of each operator to its new outputs: the GPU, if any input is there.
+
+    Raises for inputs on both devices, unless CUDA allows them.
+    """
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -197,6 +200,7 @@ TENSOR_FACTORIES = {  # without a `device`, on that of their argument: see `Devi
 
 
 def _moved(func, name, tensor, args, kwargs):
+    """The result of `to`, `cuda` or `cpu`, with its simulated device."""
     where = name if name != "to" else None
     for a in () if where else (*args[1:], *kwargs.values()):
         if isinstance(a, torch.Tensor):
@@ -211,6 +215,10 @@ def _moved(func, name, tensor, args, kwargs):
 
 
 def _created(func, name, tensor, args, kwargs):
+    """The result of a factory function, with the simulated device that the call names.
+
+    Without one: that of the tensor passed to `as_tensor` or `asarray`, else the CPU.
+    """
     device, generator = kwargs.get("device"), kwargs.get("generator")
     if name in ("as_tensor", "asarray") and tensor is not None and device is None:
         return func(*args, **kwargs)

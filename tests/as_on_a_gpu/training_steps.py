@@ -21,8 +21,8 @@ from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
 # Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient (in the L2 norm). On the
-# simulated GPU, batch norm is PyTorch's, whose error on a CPU is 1e-5 for channels-last tensors (docs/log.md); for CPU
-# tensors, `SyncedBatchNorm` uses its own, which is more accurate.
+# simulated GPU, batch norm is PyTorch's, whose error on a CPU is 1e-5 of the largest entry for channels-last tensors
+# (docs/log.md); for CPU tensors, `SyncedBatchNorm` uses its own formulas, which are more accurate.
 CASES = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),

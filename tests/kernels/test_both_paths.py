@@ -7,13 +7,13 @@ import torch
 
 from tests.conftest import HAS_GPU
 from unipad.kernels.backend import references
-from unipad.kernels.voxelize import grid_sample
+from unipad.kernels.voxelize import grid_subsample
 from unipad.selfcheck import checks
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # Op name -> its first case in the self-check, at the small size (reversed, so that the first replaces the later ones)
 CASES = {case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))}
-PATHS = {"kernel": nullcontext, "reference": references}
+PATHS = {"kernel": nullcontext, "reference": references}  # kernels run by default in this folder, see conftest.py
 
 
 def inputs_of(op):
@@ -82,13 +82,13 @@ def test_kernel_and_reference_reject_the_same_arguments(op, wrong, message, path
         CASES[op].op(**inputs | wrong)
 
 
-def test_grid_sample_rejects_invalid_arguments():
+def test_grid_subsample_rejects_invalid_arguments():
     """Not a case above: it has no kernel."""
     points = torch.rand(5, 3, device=DEVICE)
     with pytest.raises(AssertionError, match=r"noise \(4,\) does not match 5 points"):
-        grid_sample(points, [5], 0.5, torch.rand(4, device=DEVICE))
+        grid_subsample(points, [5], 0.5, torch.rand(4, device=DEVICE))
     with pytest.raises(AssertionError, match="size above 0"):
-        grid_sample(points, [5], 0.0)
+        grid_subsample(points, [5], 0.0)
 
 
 @pytest.mark.parametrize("op", [op for op in CASES if not op.startswith("sparse_conv")])  # convolutions follow autocast

@@ -48,7 +48,7 @@ def test_cell_sum_is_the_gradient_of_trilinear(device):
     R, S, channels = 3, 140, 5
     inputs, grid_coords, volume_idx = make_inputs(R, S, channels)
     cells, counts = inputs["cell"].unique(return_counts=True)
-    assert counts[:-1].max() > BLOCK_N and cells[-1] == OUTSIDE  # a cell with two iterations, samples in no cell
+    assert counts[:-1].max() > BLOCK_N and cells[-1] == OUTSIDE  # a cell with several iterations; samples in no cell
     volume = torch.zeros_like(inputs["d_volume"], dtype=torch.float64).requires_grad_()
     value, gradient = trilinear_ref(volume, grid_coords.double(), volume_idx)
     # `gradient` [R, S, 3, channels] is w.r.t. grid coordinates, v is a direction in the unit of the points

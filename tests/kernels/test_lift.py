@@ -4,14 +4,17 @@ import torch
 import unipad.kernels.lift
 import unipad.kernels.pixel_sum
 from tests import golden
-from tests.ahead_of_time import ASSEMBLED, Launch
+from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
 from unipad.kernels.lift import lift, lift_ref
 
 
 def launch(kernel, levels, channels, divisible, elements, registers, shared, gathered=()):
-    """levels: their number. gathered: those whose gradients `pixel_sum` gathers; atomic adds compute the others'."""
+    """A launch for tests/test_compiles.py to compile; registers, shared (bytes): its limits.
+
+    levels: their number. gathered: those whose gradients `pixel_sum` sums; atomic adds compute the others'.
+    """
     forward = kernel == "_lift_fwd_kernel"
     tile = unipad.kernels.lift.FWD_TILE if forward else unipad.kernels.lift.BWD_TILE
     constexprs = unipad.kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)  # tiles are in bytes
@@ -19,6 +22,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
     types = dict(
         feature_ptrs=("*",) * levels,
         depth_ptrs=("*",) * levels,
+        # of gathered levels: index of the quad and hit of each (voxel, view); of others: d_feature, d_depth
         out_ptrs=tuple(("*i16" if l in gathered else "*fp32", "*fp32") for l in range(levels)),
         first_quads=("i32",) * levels,
         lidar2image_ptr="*fp32",
@@ -29,7 +33,10 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
         image_size=("i32",) * 2,
         depth_range=("fp32",) * 2,
     )
-    return Launch(kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED)
+    return Launch(
+        kernel, constexprs, types, divisible, elements,
+        registers=registers, shared=shared, limits_on=ASSEMBLED_TARGETS,
+    )  # fmt: skip
 
 
 # kernel, levels, channels, divisible sizes, element types, registers, bytes of shared memory
@@ -185,8 +192,9 @@ def test_by_hand(op, device):
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
-def test_corners_are_those_of_a_float32_arange(op, device):
-    """As in the original, corner 179 of -54, -53.4, ... is at x = 53.400005, not at fp32's 53.4.
+def test_corners_use_the_cell_size_rounded_to_fp32(op, device):
+    """As in the original, the cell size is rounded before it is multiplied: corner 179 of -54, -53.4, ... is at
+    x = 53.400005, not at 53.400002, the fp32 number nearest to 53.4.
 
     So it is just inside an image whose left border is at x = 53.4.
     """
@@ -246,13 +254,15 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("strict, coarse, gathered_levels", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
 def test_gradients_of_coarse_levels_are_gathered(strict, coarse, gathered_levels, device, large_blocks, monkeypatch):
-    """Those of levels with at least `coarse` voxels per pixel (of 200 / 15 and 200 / 60); if strict, of both levels."""
+    """Gradients are gathered on levels with at least `coarse` voxels per pixel of the level (the two have 200 / 15 and
+    200 / 60); if strict, on both."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
     inputs = make_inputs(B=1, N=1, sizes=[(3, 5), (6, 10)], C=3, D=4, shape=(10, 10, 2), device=device)
     features, depths = inputs.pop("features"), inputs.pop("depths")
     leaves = [level.float().requires_grad_() for level in features + depths]
     if strict:
-        torch.use_deterministic_algorithms(True)  # fixture `poisoned_memory` sets it with warn_only
+        # without warn_only, which the fixture `poisoned_memory` sets; it switches the mode off after the test
+        torch.use_deterministic_algorithms(True)
     runs = []
     for _ in range(2):
         with launches() as launched:
@@ -265,7 +275,7 @@ def test_gradients_of_coarse_levels_are_gathered(strict, coarse, gathered_levels
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
-    """Exactly the voxels that project to less than one column and row of the feature map from it."""
+    """Exactly the voxels that project to within one column and one row of it in the feature map."""
     inputs = make_inputs(B=1, N=2, sizes=[(5, 7)], C=3, D=4, shape=(8, 8, 3), device=device)
     before = op(**inputs)
     inputs["features"][0][0, 1, 2, 3] += 1  # level 0; sample 0, view 1, row 2, column 3
@@ -278,7 +288,10 @@ def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
 
 
 def test_more_quads_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):
-    """The hits are then sorted by 32-bit keys: each level alone has 182^2 = 2^15 + 356 quads, one per pixel."""
+    """Hits (projections of voxels into views) are sorted by quad, the square between four pixels.
+
+    Each level has 182^2 = 2^15 + 356 of them: too many for 16-bit keys.
+    """
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 0)
     inputs = make_inputs(B=1, N=1, sizes=[(182, 182), (182, 182)], C=1, D=1, shape=(4, 4, 1), device=device)
     # positions in 182 pixels are rounded to 1e-5 of a pixel, differently on a GPU than in the reference

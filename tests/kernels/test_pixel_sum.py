@@ -1,18 +1,19 @@
 import torch
 
 import unipad.kernels.pixel_sum
-from tests.ahead_of_time import ASSEMBLED, Launch
+from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
 from unipad.kernels.pixel_sum import HIT, pixel_sum
 
 
 def launch(lanes_per_pixel, channels, bins, registers):
+    """A launch for tests/test_compiles.py to compile. lanes: rows of the tile; registers: their limit."""
     types = dict(begin_ptr="*i32", order_ptr="*i64", hits_ptr="*fp32", h="i32", w="i32")
     blocks = unipad.kernels.pixel_sum._blocks(lanes_per_pixel, channels, bins)
     return Launch(
         "_pixel_sum_kernel", blocks, types, divisible=("C", "D"), elements=("bf16",),
-        registers=registers, shared=2048, budgets=ASSEMBLED,
+        registers=registers, shared=2048, limits_on=ASSEMBLED_TARGETS,
     )  # fmt: skip
 
 
@@ -21,7 +22,8 @@ LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 
 
 def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
-    """Hits of two levels, of which those of the second are summed; some lie exactly on a column or row of pixels.
+    """Hits (projections of voxels into views) of two levels; only the second level's are summed. Some lie exactly on a
+    column or row of pixels.
 
     The interpolation weights are written here as dense matrices, over all rows, columns and bins.
     """

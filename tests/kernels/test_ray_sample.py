@@ -122,7 +122,7 @@ def test_stratified_edges_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [stratified_edges, stratified_edges_ref])
 def test_edges_of_the_shortest_rays_do_not_descend(fn, device):
-    """far - near is 1e-6, the least that `clip_rays` returns: with near > 0.5, 33 edges round to under 20 numbers."""
+    """far - near is 1e-6, the least that `clip_rays` returns: if near > 0.5, 33 edges have under 20 distinct values."""
     near = uniform(16, device=device).float()
     for jitter in (None, uniform(16, device=device).float()):
         assert (fn(near, near + 1e-6, S=32, jitter=jitter).diff(dim=1) >= 0).all()

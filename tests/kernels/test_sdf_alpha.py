@@ -158,7 +158,7 @@ def test_neus_alpha_matches_reference_at_the_limits_of_inv_s(inv_s, device):
 
 
 def test_neus_alpha_far_behind_the_surface_or_clipped_to_0_passes_no_gradient(device):
-    """Far behind the surface P and N underflow to 0: alpha = e / e. Intervals of negative length are clipped to 0."""
+    """Far behind the surface P and N underflow to 0: alpha = e / e. Negative lengths give alphas clipped to 0."""
     inputs = neus_inputs(2, 3, device, inv_s=1e4)
     inputs["gradient"] = -inputs["directions"][:, None].expand(2, 3, 3).contiguous()  # slope -1
     inputs["sdf"][:] = torch.tensor([[-1.0, 0.0, 0.0], [0.0, 1.0, -1.0]])

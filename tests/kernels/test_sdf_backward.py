@@ -72,7 +72,7 @@ def test_zero_upstream_gradient_gives_a_zero_volume_gradient():
 
 
 def test_strict_determinism_sums_by_cell():
-    """The fused kernels still run, and `cell_sum` replaces atomic adds. Some samples lie on cell faces or outside."""
+    """The fused backward runs, with `cell_sum` in place of atomic adds. Some samples lie on cell faces or outside."""
     inputs = make_inputs(R=2, S=20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
     inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)

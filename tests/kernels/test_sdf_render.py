@@ -27,7 +27,7 @@ CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], d
 AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
 NVIDIA = AMPERE + HOPPER
 OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # launches for HOPPER compile for these too, without budgets
-# tiles of 64 samples: TILE for kernels that ignore rays; ALONG for kernels that walk along rays: two rays, 32 of each
+# tiles of 64 samples: TILE of any consecutive ones; ALONG, for kernels that walk along rays, of 32 on each of two rays
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
 FIELD = dict(C=32, H=16, PREC="tf32")  # the field of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
@@ -42,13 +42,14 @@ SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
     """registers, shared, stack, mma: limits on sm_80 and sm_90 (those in `targets`); other targets only compile."""
-    budgets = [target for target in targets if target in NVIDIA]
+    limits_on = [target for target in targets if target in NVIDIA]
     targets = targets + OTHERS if HOPPER[0] in targets else targets
-    # S: all but the tiny presets render 96 samples per ray; `sdf_values` runs on the 72 before resampling, not 16 n
+    # S, the samples per ray, is a multiple of 16 for the renderer (96, except in the tiny presets), but not for
+    # `sdf_values`, which runs before resampling (72)
     divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
         kernel, constexprs, types=dict(hit_ptr="*i1"), divisible=divisible, elements=("fp32",), targets=targets,
-        num_warps=warps, num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, budgets=budgets,
+        num_warps=warps, num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, limits_on=limits_on,
     )  # fmt: skip
 
 
@@ -57,8 +58,8 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 # than there are. Tiles of half as many samples spill a fifth as much, but take 1.6 times the instructions per sample.
 # Budgets: the higher of the costs with Triton 3.9 and with 3.6 (the latter measured before the kernels rounded operands
 # to tf32); for WIDE and EXACT, those with 3.9. A wide field has 4 times the activations per sample. No launch is both
-# wide and exact: no preset has a wide field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes
-# in the forward kernel, and 1016 and 416 in the backward kernels.
+# wide and exact: no preset has a wide field, and such a launch takes minutes to compile; its stack with 3.9 on sm_90 is
+# 2288 bytes in the forward kernel, and 1016 and 416 in the backward kernels.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),
@@ -91,7 +92,7 @@ def random_mlp(conditions, outputs, hidden, layers):
 
 
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density_param=20.0, B=2):
-    """R rays of S samples that start near the middle of B volumes; ray 3 is marked as a miss.
+    """R rays of S samples that start near the middle of B volumes; ray 3, if there is one, is marked as a miss.
 
     On average, a third of the samples have no voxel around them. density_param: NeuS's inv_s, or VolSDF's beta.
     """
@@ -442,7 +443,7 @@ def test_reproduces_the_original_renderer(monkeypatch):
 
 @pytest.mark.parametrize("method, channels, fuses", [("volsdf", 16, True), ("neus", 8, False), ("unisurf", 16, False)])
 def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatch):
-    """Losses and gradients equal those of the separate ops' references; other fields run the separate ops' kernels."""
+    """Other fields run as separate ops; either way, losses and gradients equal those of these ops' references."""
     cfg = Render(
         method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,

@@ -157,7 +157,8 @@ def test_a_table_whose_inverse_is_its_flip_needs_no_inverse(fn, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
 def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c_out, dtype, device):
-    """With a table whose inverse is its flip (`inverse_idx` None) and few channels, in three parts of up to 64 rows."""
+    """Where `inverse_idx` is None (the inverse is the table's flip) and channels are few; in three sums, each of up to
+    64 rows."""
     inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), N=150, Cin=c_in, Cout=c_out, device=device)
     inputs["inverse_idx"] = None
     with launches() as launched:

@@ -5,17 +5,17 @@ import itertools
 import pytest
 import torch
 
-from tests.ahead_of_time import ASSEMBLED, Launch
+from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.check import launches
 from unipad.kernels import tuning
 from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP_OF, STAGES_OF, d_weight_of, gather_gemm
 from unipad.kernels.sparse_tiles import NeighborTable
 
-# products of fp32; WIDEN is for the interpreter only
+# PRECISION matters for fp32 only, WIDEN in the interpreter only
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 BF16, FP32 = ("bf16",), ("fp32",)  # element types
 BY_16 = ("I", "O")  # sizes that are multiples of 16
-EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets: all that are compiled to machine code, or one
+EVERY, ONE_TARGET = ASSEMBLED_TARGETS, ("sm_90",)  # targets whose limits are asserted
 # the epilogue (scale, shift, residual, ReLU): none of it, all of it
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
 # num_stages by vendor: the default, and the tuner's alternative
@@ -27,7 +27,7 @@ LAUNCHES = [
         flags | act | dict(MIRRORED=mirrored, VIA_L1=True, C=c, PACK=pack, STEPS=steps)
         | dict(BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=MORE,
-        registers=registers, shared=shared, mma=mma, budgets=targets,
+        registers=registers, shared=shared, mma=mma, limits_on=targets,
     )
     for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
         (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, BY_16, BF16, "HGMMA", 80, 59904, EVERY),
@@ -61,7 +61,7 @@ LAUNCHES = [
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
-        dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_stages=stages, budgets=(),  # only have to compile
+        dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_stages=stages, limits_on=(),  # must only compile
     )
     for c in (8, 16, 32, 64)
     for via_l1, m, stages in [(True, 64, MORE), (False, 128, MORE), (True, 128, FEWER)]
@@ -71,7 +71,7 @@ LAUNCHES = [
         flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o),
         dict(partial_ptr="*fp32", first_ptr="*i64", end_ptr="*i64"), divisible, elements,
         num_warps=8 if i * o > 8192 else 4, num_stages=stages,
-        registers=registers, shared=shared, mma=mma, budgets=targets,
+        registers=registers, shared=shared, mma=mma, limits_on=targets,
     )
     for flags, i, o, stages, divisible, elements, mma, registers, shared, targets in [
         (IEEE, 16, 16, MORE, BY_16, BF16, "HMMA", 56, 7168, EVERY),
@@ -85,7 +85,7 @@ LAUNCHES = [
     Launch(
         "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP_OF[c], BLOCK_O=max(c, 16)),
         dict(partial_ptr="*fp32"), ("O", "R"), BF16, num_warps=8 if GROUP_OF[c] * c * c >= 8192 else 4, num_stages=MORE,
-        registers=registers, shared=shared, mma="HGMMA", budgets=targets,
+        registers=registers, shared=shared, mma="HGMMA", limits_on=targets,
     )
     for c, registers, shared, targets in [
         (8, 0, 0, ()),  # only has to compile

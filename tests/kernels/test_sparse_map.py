@@ -32,9 +32,11 @@ TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
 LONG_KEYS, SHORT_KEYS = (dict(BLOCK=BLOCK, NO_KEY=no_key) for no_key in (NO_KEY, NO_KEY_SHORT))
 SORTED = dict(reader_order_ptr=None, order_ptr=None)  # readers, and the voxels they read, are sorted by key
-# Triton compiles integers of 1 as constants, unless they are `varying`, as all of these are but KY, DZ and DY
+# Triton makes constants of integers that are 1, unless they are `varying`: of these, only of KY, DZ and DY. One launch
+# has constants in place of all, the extreme case.
 SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]
 LAUNCHES = [
+    # elements: one type, no argument has it
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
         ("_neighbors_kernel", LONG_KEYS | dict(KX=1, DX=1), LONG, 48, 2048),
@@ -289,6 +291,6 @@ def test_compiles_without_graph_breaks(device):
             coords = random_voxels(2, shape, N, device)
             for a, b in zip(compiled(coords), tables(coords), strict=True):
                 assert torch.equal(a, b) if torch.is_tensor(a) else a == b
-    # dynamo does not trace into these
+    # registered as custom ops, into which dynamo does not trace
     for op in ("sort_voxels", "submanifold_map", "strided_map", "transposed_map", "inverse_map"):
         assert hasattr(torch.ops.unipad, op)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.ahead_of_time import ASSEMBLED, Launch
+from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.check import launches
 from tests.conftest import HAS_GPU
 from unipad.kernels import backend, sparse_tiles
@@ -16,7 +16,7 @@ from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_gemm import BLOCK_R, MIN_PAIRS
 from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 
-INT = dict(elements=("i32",), budgets=ASSEMBLED)  # elements: any single type, as no argument has the element type
+INT = dict(elements=("i32",), limits_on=ASSEMBLED_TARGETS)  # elements: one type, no argument has it
 LAUNCHES = [
     Launch(
         "_tiles_kernel", dict(SORT=sort, OFFSETS_PER_BIT=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),
@@ -239,6 +239,7 @@ def test_tiles_made_during_capture_are_not_cached(switch_stream, device):
 
 
 def test_a_trial_does_not_change_the_cache(device):
+    """A trial is the copy of a table on which the tuner times a candidate; it starts with the table's cache."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
     known = table.tiles(64)
     trial = table.trial()

@@ -154,7 +154,7 @@ def test_points_of_a_diverged_model_do_not_raise(fn):
 
 def test_strict_determinism_runs_the_reference(device):
     inputs = make_inputs(1, 2, 3, 4, 5, 2, 3, device)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # after the test, the fixture `poisoned_memory` turns it off
     with launches() as launched:
         trilinear(**inputs)
         assert not launched

@@ -12,7 +12,7 @@ CANDIDATES = [(64, 4), (128, 4), (128, 8)]  # as (block size, warps); the first 
 
 
 class Clock:
-    """A timer that looks up in `times` how long a candidate takes, and its method `run`, the work that is timed.
+    """A timer, which looks up in `times` how long a candidate takes; its method `run` is the work that is timed.
 
     `run` records in `ran` which candidates ran. A clock without times raises if it has to time anything.
     """
@@ -35,7 +35,7 @@ def tuning_off_afterwards():
 
 
 def choose(clock, n=1000, candidates=CANDIDATES):
-    """The candidate chosen for n voxels, with `clock` as the work; times come from the timer of `tuning.enable`."""
+    """The candidate chosen for n voxels; the work is `clock.run`, times come from the timer of `tuning.enable`."""
     return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
 
 
@@ -98,7 +98,7 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
     path = tmp_path / "tuning.json"
     tuning.enable(path, clock)
-    torch.use_deterministic_algorithms(True)  # strict: the fixture `poisoned_memory` sets it with warn_only
+    torch.use_deterministic_algorithms(True)  # strict: fixture `poisoned_memory` sets it with warn_only, and ends it
     assert choose(clock) == (64, 4) and not clock.ran
     torch.use_deterministic_algorithms(False)
     assert choose(clock) == (128, 4)
@@ -122,8 +122,8 @@ def test_two_saves_with_the_same_pid_do_not_share_a_temporary_file(tmp_path, mon
 
 
 def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):
-    """With a simulated clock: the first run, which compiles, is not timed; the host is ahead of the device; nothing is
-    flushed between runs; and an outlier does not matter."""
+    """With a simulated clock: the first run, which compiles, is not timed; the host is ahead of the device; no cache
+    is flushed between runs; and an outlier does not matter."""
     now, log = [0.0], []  # ms; what happens, in order
 
     class Event:

@@ -3,31 +3,42 @@ import torch
 
 import unipad.kernels.voxel_pool
 from tests import golden
-from tests.ahead_of_time import ASSEMBLED, Launch
+from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.check import DivideLikeGpu, check_against_ref, launches
 from tests.conftest import HAS_GPU
 from unipad.kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 
 
 def launch(kernel, channels, divisible, elements, registers, shared=0):
+    """A launch for tests/test_compiles.py to compile; registers, shared (bytes): its limits."""
     blocks = unipad.kernels.voxel_pool._blocks(channels)
     if kernel != "_voxel_pool_bwd_kernel":
         blocks["CHUNK"] = CHUNK
     types = dict(weight_ptr="*fp32", partial_ptr="*fp32", chunks="i32")
-    return Launch(kernel, blocks, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED)
+    return Launch(
+        kernel, blocks, types, divisible, elements,
+        registers=registers, shared=shared, limits_on=ASSEMBLED_TARGETS,
+    )  # fmt: skip
 
 
 def launch_voxels(truncate):
     types = dict(matrices_ptr="*fp64", bins_ptr="*fp64", h="i32", w="i32", stride="i32", shape=("i32",) * 3)
     constexprs = dict(TRUNCATE=truncate, BLOCK_P=BLOCK_P)
-    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, budgets=ASSEMBLED)
+    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, limits_on=ASSEMBLED_TARGETS)
 
 
 # checked by tests/test_compiles.py
 LAUNCHES = [
     launch_voxels(truncate=False),
     launch_voxels(truncate=True),
-    Launch("_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=ASSEMBLED),
+    Launch(
+        "_runs_kernel",
+        dict(BLOCK_P=BLOCK_P),
+        dict(weight_ptr="*fp32"),
+        registers=48,
+        shared=64,
+        limits_on=ASSEMBLED_TARGETS,
+    ),
     # kernel, channels, divisible sizes, element types, registers, bytes of shared memory
     launch("_chunks_kernel", 256, ("C",), ("bf16",), 56, 4096),
     launch("_voxel_pool_fwd_kernel", 256, ("C",), ("bf16",), 64),
@@ -39,7 +50,7 @@ LAUNCHES = [
 
 
 def views(B, N, device):
-    """lidar2image [B, N, 4, 4] of cameras near the origin that look about along y; images of 40 x 24 pixels."""
+    """lidar2image [B, N, 4, 4] of cameras near the origin that look roughly along y; images of 40 x 24 pixels."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]  # not the last row
@@ -313,7 +324,7 @@ def test_gradcheck(op, device):
 
 def test_strict_determinism_keeps_the_kernels(device):
     inputs = make_inputs(1, 1, (3, 5), 3, 4, (2, 2, 2), device)
-    torch.use_deterministic_algorithms(True)  # fixture `poisoned_memory` sets it with warn_only
+    torch.use_deterministic_algorithms(True)  # strict: fixture `poisoned_memory` sets it with warn_only, and ends it
     with launches() as launched:
         voxel_pool(**inputs)
     assert launched

@@ -6,7 +6,7 @@ import torch
 from tests import golden
 from tests.ahead_of_time import Launch
 from tests.check import DivideLikeGpu, launches
-from unipad.kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize, voxelize_ref
+from unipad.kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_subsample, voxelize, voxelize_ref
 
 TYPES = dict.fromkeys(["ends_ptr", "keys_ptr", "order_ptr", "first_ptr"], "*i64")
 TYPES |= dict(coords_ptr="*i32", low=("fp32",) * 3, cell=("fp32",) * 3, shape=("i32",) * 3, max_points="i32")
@@ -170,31 +170,32 @@ def test_no_points_or_none_in_the_grid_give_no_voxels(device):
         assert features.shape == (0, 4) and coords.shape == (0, 4)
 
 
-def test_grid_sample_by_hand(device):
-    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)  # cells: 0, -1, 1, 0, 1 and 0, -1
+def test_grid_subsample_by_hand(device):
+    # in cells 0, -1, 1, 0, 1 of the first sample and 0, -1 of the second
+    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)
     points = torch.stack([x, torch.zeros_like(x), torch.ones_like(x)], dim=1)
     noise = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.3, 0.0, 0.9], device=device)
     counts = [5, 2]
-    rows, coords, cell_of, extent = grid_sample(points, counts, cell=0.5)
+    rows, coords, cell_of, extent = grid_subsample(points, counts, cell=0.5)
     assert extent == ([2, 0, -1], [2, 0, 1])  # lowest and highest (z, y, x)
     assert rows.tolist() == [1, 0, 2, 6, 5]  # the first row of each cell
     assert coords.tolist() == [[0, 2, 0, -1], [0, 2, 0, 0], [0, 2, 0, 1], [1, 2, 0, -1], [1, 2, 0, 0]]
     assert cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
-    rows, same_coords, cell_of, _ = grid_sample(points, counts, 0.5, noise)  # the row with the smallest noise
+    rows, same_coords, cell_of, _ = grid_subsample(points, counts, 0.5, noise)  # the row with the smallest noise
     assert rows.tolist() == [1, 3, 2, 6, 5]  # of rows 2 and 4, with equal noise, the first
     assert torch.equal(same_coords, coords) and cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
-    *empty, extent = grid_sample(points[:0], [0, 0], 0.5)
+    *empty, extent = grid_subsample(points[:0], [0, 0], 0.5)
     assert [t.shape for t in empty] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
 
 
-def test_grid_sample_divides_by_the_cell_size_on_a_gpu_too(device):
+def test_grid_subsample_divides_by_the_cell_size_on_a_gpu_too(device):
     """Points just below cell borders, which multiplying by the reciprocal of the size would move onto the border."""
     x = (torch.arange(1, 2000, device=device).double() * 0.05).float()
     x = x.nextafter(x.new_zeros(()))
     assert ((x * (1 / 0.05)).floor() != (x / x.new_full((), 0.05)).floor()).any()
     points = torch.stack([x, -x, x], dim=1)
     with DivideLikeGpu():
-        _, coords, cell_of, _ = grid_sample(points, [len(x)], 0.05)
+        _, coords, cell_of, _ = grid_subsample(points, [len(x)], 0.05)
     cells = (points / points.new_full((), 0.05)).floor().int().flip(1)
     assert torch.equal(coords[cell_of, 1:], cells)
 
@@ -203,7 +204,7 @@ def test_grid_sample_divides_by_the_cell_size_on_a_gpu_too(device):
 def test_points_in_cells_beyond_32_bits_are_rejected(far, device):
     points = torch.tensor([[1.0, 2.0, 3.0], [1.0, far, 3.0]], device=device)
     with pytest.raises(ValueError, match="beyond 32 bits"):
-        grid_sample(points, [2], 0.05)
+        grid_subsample(points, [2], 0.05)
 
 
 def test_too_large_grids_are_rejected(device):
@@ -214,7 +215,7 @@ def test_too_large_grids_are_rejected(device):
         voxelize(points, [1, 0, 0], shape=(2**15, 2**16, 2**30), **others)
 
 
-def test_grid_sample_takes_one_point_of_each_cell(device):
+def test_grid_subsample_takes_one_point_of_each_cell(device):
     """The one with the smallest noise; without noise, the first."""
     points = torch.randn(3000, 4, device=device) * 3
     counts = [1000, 0, 2000]
@@ -222,7 +223,7 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
     cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long().flip(1)], dim=1)  # (b, z, y, x)
     occupied, occupied_of = cells.unique(dim=0, return_inverse=True)  # occupied_of: row of `occupied` of each point
     for noise in (None, torch.rand(3000, device=device)):
-        rows, coords, cell_of, _ = grid_sample(points, counts, cell=0.5, noise=noise)
+        rows, coords, cell_of, _ = grid_subsample(points, counts, cell=0.5, noise=noise)
         assert torch.equal(coords.long(), occupied) and torch.equal(cell_of, occupied_of)
         assert torch.equal(occupied_of[rows], torch.arange(len(occupied), device=device))
         # what the point taken has the smallest value of: its row in the input, or the noise
@@ -232,7 +233,7 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
         assert torch.equal(value[rows], smallest)
 
 
-@pytest.mark.parametrize("fn", [voxelize, partial(grid_sample, cell=0.5)], ids=["voxelize", "grid_sample"])
+@pytest.mark.parametrize("fn", [voxelize, partial(grid_subsample, cell=0.5)], ids=["voxelize", "grid_subsample"])
 def test_rejects_mismatched_arguments(fn, device):
     inputs = make_inputs([4, 5], 4, device)
     if isinstance(fn, partial):

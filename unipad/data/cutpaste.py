@@ -1,7 +1,7 @@
 """Cut-and-paste: points and pixels of objects from other training frames, pasted into a sample.
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
-    objects   sampled at random, until the sample has `Paste.counts` of each class, its own objects included
+    objects   sampled at random, up to `Paste.counts` of each class, the sample's own objects included
     position  the LiDAR coordinates in the frame that they were cut from; an object whose box overlaps another in
               bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
@@ -38,7 +38,7 @@ from unipad.kernels.rotated_iou import rotated_iou_bev
 class Objects:
     """K objects to paste and their R pictures. Boxes are in memory; points and pictures are read from `file`."""
 
-    counts: tuple[int, ...]  # per class: objects are pasted until a sample has this many
+    counts: tuple[int, ...]  # per class: objects that a sample is filled up to, if they fit in
     file: Path  # points [n, 5] float32 as in `Sample`, but x, y, z meters from the box's center; pictures as JPEG
     boxes: np.ndarray  # [K, 9] float32 as in `Batch`
     labels: np.ndarray  # [K] int64
@@ -178,7 +178,7 @@ def _make_cache(dataset, paste, paths, workers):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             pattern = f"{path.stem.rpartition('-')[0]}-*"  # caches of the same settings, from any state of the tables
-            remove_unfinished(path.parent, pattern)  # of killed processes
+            remove_unfinished(path.parent, pattern)  # files that killed processes left
             arrays_and_file = _write(dataset, paste, path, workers)
             for old in path.parent.glob(pattern):
                 if path.stem not in old.name:  # of an earlier state of the tables

@@ -129,8 +129,8 @@ class DrivingDataset(torch.utils.data.Dataset):
 
     @classmethod
     def splits(cls, root: str | Path, version: str) -> dict[str, str]:
-        """Names of a version's splits by purpose: {"train": ..., "val": ...} or {"test": ...}. Raises `DataError` for
-        a version that does not exist."""
+        """Names of a version's splits by purpose, such as {"train": ..., "val": ...} or {"test": ...}; a split without
+        a purpose by its name. Raises `DataError` for a version that does not exist."""
         raise NotImplementedError
 
     @classmethod

@@ -18,8 +18,8 @@ NO_CATEGORY = 255  # stands for a class where a label in a file is no category's
 CAMERA_SWEEPS = 5  # of each camera before a keyframe: all between two keyframes (cameras at 12 Hz, keyframes at 2 Hz)
 MAX_DISTANCE = 1e4  # meters from the LiDAR along an axis: points farther away are an error, boxes are left out
 MAX_SPEED = 200.0  # m/s: an object that is faster along x or y counts as one of unknown velocity; see also `MAX_OFFSET`
-# meters: a pose is wrong that puts the LiDAR farther than this from a camera, or from where it was one LiDAR frame
-# earlier, unless it got there at less than `MAX_SPEED`
+# meters: a pose is wrong that puts the LiDAR farther than this from a camera, or from where it was one scan earlier,
+# unless it got from there to here at less than `MAX_SPEED`
 MAX_OFFSET = 200.0
 MAX_GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
 FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
@@ -29,7 +29,7 @@ FORMAT = 3  # version of the cached index; increment when the meaning of a field
 class Index:
     """What the samples of one split need from the tables.
 
-    F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
+    F keyframes in the order of time, N cameras, M boxes, L LiDAR scans (those of keyframes and the sweeps between).
     Text is in bytes, paths are relative to the data root. The cameras are those of which any keyframe of the version,
     in whichever split, has an image: where a keyframe has none, the file's name is empty, and size and matrices have no
     meaning.
@@ -37,7 +37,7 @@ class Index:
 
     cameras: np.ndarray  # [N] names: nuScenes' in the order of `CAMERAS`, then others by name
     tokens: np.ndarray  # [F] sample tokens
-    frame_lidar: np.ndarray  # [F] row of the keyframe among the L LiDAR frames
+    frame_lidar: np.ndarray  # [F] row of the keyframe's scan among the L LiDAR scans
     lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP's keyframes
     image_files: np.ndarray  # [F, N]
     image_sizes: np.ndarray  # [F, N, 2] int64 height, width according to the tables
@@ -49,7 +49,7 @@ class Index:
     lidar_files: np.ndarray  # [L]
     lidar_times: np.ndarray  # [L] int64 microseconds
     lidar2global: np.ndarray  # [L, 4, 4]
-    lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
+    lidar_prev: np.ndarray  # [L] row of the previous LiDAR scan, -1 at the start of a scene
     lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
     lidarseg_classes: np.ndarray  # [256] uint8 label in the files (a category's index) -> class 0-16, or `NO_CATEGORY`
     left_out: np.ndarray  # [K] messages "row <number>: <reason>": rows of sample_annotation that cannot be used
@@ -114,7 +114,7 @@ def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
 
 
 def _check_motion(nusc, lidar, lidar2global, times, prev):
-    """Raise `DataError` for a LiDAR frame too far from the previous one in time (`MAX_GAP`) or space (`MAX_OFFSET`)."""
+    """Raise `DataError` for a LiDAR scan too far from the previous one in time (`MAX_GAP`) or space (`MAX_OFFSET`)."""
     for i in np.flatnonzero(prev >= 0):
         gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
         _check_gap(nusc, lidar[i], gap)

@@ -193,7 +193,8 @@ def _shared(batch):
 
 
 class MicroBatches(Dataset):
-    """Item i is what `step_batches` yields for micro-batch i; None instead of the batch when no frame can be read."""
+    """Item i is what `step_batches` yields for micro-batch i; None instead of the batch when one of its positions finds
+    no frame that can be read."""
 
     def __init__(self, dataset, micro_batch, seed, rank, world, paste_until):
         self.dataset, self.micro_batch, self.seed = dataset, micro_batch, seed

@@ -154,8 +154,8 @@ class NuScenesDataset(DrivingDataset):
         return np.concatenate([[0], lags[: self.data.camera_sweeps - 1]]).astype(np.float32)
 
     def _read_points(self, key):
-        """List of [P, 5], columns as in `Batch.points`: the LiDAR frame in row `key` of the index, then the sweeps
-        before it in its scene, the latest first."""
+        """List of [P, 5], columns as in `Batch.points`: the LiDAR scan in row `key` of the index, then the sweeps
+        before it in its scene, the latest first; all in the LiDAR frame of `key`."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
@@ -217,7 +217,8 @@ class NuScenesDataset(DrivingDataset):
             return self.frames
         keyframes = [self.index.lidar_files[self.index.frame_lidar], self.index.image_files.ravel()]
         for flag in ("sweeps", "camera-sweeps"):
-            # not the keyframes among them: a frame before may be one, and a missing entry is replaced by one
+            # without files of keyframes, which `_files` lists here too: the frame before a keyframe may be another
+            # keyframe, and where the tables have no sweep, the keyframe itself is listed
             sweeps = np.setdiff1d(kinds[flag], np.concatenate(keyframes))
             if len(sweeps) and not on_disk(self.root, sweeps).any():
                 raise DataError(

@@ -71,13 +71,14 @@ def box_fault(annotation: dict) -> str | None:
     size, (center, rotation) = annotation["size"], (annotation[name] for name in ("translation", "rotation"))
     if not all(0 < edge <= 100 for edge in size):  # NaN fails too; the longest road trains have 54 m
         return f"size {size} is not between 0 and 100 m"
-    if not all(abs(meters) <= MAX_TRANSLATION["ego_pose"] for meters in center):  # both are in the global frame
+    if not all(abs(meters) <= MAX_TRANSLATION["ego_pose"] for meters in center):  # boxes too are in the global frame
         return f"translation {center} is not within 1e8 m of the origin"
     return None if _is_unit(rotation) else f"rotation {rotation} is not a unit quaternion"
 
 
 def _check_references(tables, folder):
-    """Raises `DataError` unless every token that a row refers to exists, and all tokens of a table differ."""
+    """Raises `DataError` unless every token that a row refers to exists, all tokens of a table differ, and every log
+    has a map."""
     tokens = {}
     for name in tables.table_names:
         rows = getattr(tables, name)

@@ -1,11 +1,12 @@
 """Write the synthetic city in the real nuScenes on-disk format: 13 tables, lidarseg, six cameras, one LiDAR.
 
-    python -m unipad.data.synthetic --out data/synthetic                      # 10 scenes of 5 seconds
+    python -m unipad.data.synthetic --out data/synthetic                      # 10 scenes of 4.5 seconds
     python -m unipad.data.synthetic --out data/full --image-size 900 1600     # the real resolution
     python -m unipad.data.synthetic --out data/sweeps --camera-sweeps 2       # images between the keyframes too
 
-It has the version and scene names of nuScenes mini, so that every tool knows its splits; vehicle, location,
-descriptions and a README.txt in its root say that it is synthetic. unipad/data/city/ computes what is written.
+Up to 10 scenes have the version and scene names of nuScenes mini, so that every tool knows their splits; more have the
+version `city` and a splits.json of their own. The vehicle and location of the logs, the descriptions of the scenes and
+a README.txt in the root say that the data is synthetic. unipad/data/city/ computes what is written.
 """
 
 import contextlib
@@ -66,8 +67,8 @@ class Args:
     out: Path
     """Folder to write: new, empty, or an older synthetic dataset, which is replaced."""
     scenes: int = 10
-    """Scenes, 2 to 1000. Up to 10 have the names of nuScenes mini's, two of them for validation (one if there are only
-    2). More are in several districts and in any weather, with splits of their own: --version city."""
+    """Scenes, 2 to 1000. Up to 10 have the scene names of nuScenes mini, two of them for validation (one if there
+    are only 2). More have a district for every 16 of them, any weather, and splits of their own: --version city."""
     keyframes: int = 10
     """Keyframes per scene, at 2 Hz; 2 to 400."""
     image_size: tuple[int, int] = (144, 256)
@@ -104,7 +105,8 @@ def generate(
 
     The arguments are those of `Args`; `progress` shows a bar. The dataset is written to a folder next to `out` and
     renamed when complete. Workers are spawned: a script that calls this needs a `__main__` guard.
-    Raises SettingError with one sentence for an invalid setting, or if `out` contains something else.
+    Raises SettingError with one sentence for an invalid setting, or if `out` contains something that is not a synthetic
+    dataset.
     """
     args = Args(
         Path(os.path.expanduser(out)),
@@ -245,7 +247,7 @@ def _render(task):
             _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
     for stamp, is_key in frames_of(args, rig.LIDAR, k):
-        # 5: the streets and the traffic use 1 to 4
+        # 5: number of the random stream; the streets and the traffic have 1 to 4
         rng = np.random.default_rng([args.seed, 5, scene_number(name), stamp])
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
         (root / data_file(name, rig.LIDAR, stamp, is_key)).write_bytes(scan.points.tobytes())

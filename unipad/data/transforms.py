@@ -47,7 +47,7 @@ def make_transform(
     flip_y: bool = False,
 ) -> np.ndarray:
     """[4, 4] old LiDAR frame -> new one: rotate by `angle` radians, x towards y; scale all lengths; shift by meters
-    x, y, z; then change the sign of x or y; either of these alone makes the frame left-handed.
+    x, y, z; then change the sign of x, y or both; one flip alone makes the frame left-handed.
     """
     cos, sin = np.cos(angle), np.sin(angle)
     transform = np.eye(4)

@@ -28,7 +28,7 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
     """The batch's first sample in bird's-eye view, and in its cameras if it has any: [H, W, 3] uint8.
 
     detections: of that sample; those with a score below `min_score` are not drawn.
-    width:      pixels of a camera's column.
+    width:      of each camera's picture, in pixels.
     """
     batch = batch.keyframe()
     truth = batch.boxes[: batch.box_counts[0]].cpu()
@@ -50,7 +50,7 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
 
 
 def camera_rows(batch: Batch) -> list[Sequence[int]]:
-    """The views of a `Batch.keyframe()` in the rows in which they are drawn: at most two, the first the longer one."""
+    """The views of a `Batch.keyframe()` in the rows in which they are drawn: at most two, the second not longer."""
     if batch.cameras == CAMERAS:
         return list(ROWS)
     views = range(batch.images.shape[1])

@@ -39,7 +39,7 @@ class Args:
     split: str = "train"  # train, val or test; for v1.0-mini, train and val mean mini_train and mini_val
     frames: int = 3  # frames to draw, spread over the split
     out: Path = Path("calibration")  # folder of the pictures, whose files are overwritten
-    width: int = 640  # pixels of a camera's column
+    width: int = 640  # width of each camera's picture, in pixels
 
 
 def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
@@ -47,7 +47,7 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
 
     From above, points have gray levels by height and every camera has two lines that bound its field of view. In the
     cameras, points have colors by depth. Boxes have the colors of their classes.
-    width: pixels of a camera's column.
+    width: of each camera's picture, in pixels.
     """
     points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)  # of the keyframe, not of sweeps
     corners = box_corners(sample.boxes)

@@ -19,7 +19,7 @@ from unipad.model.detect import Detections
 from unipad.model.pretrain import Pretrain
 
 MAX_POINTS = 20_000  # per 3D view; of more points, every k-th is drawn
-POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
+POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters by which `TRIANGLE` is scaled, for points and for edges of boxes
 JUMP = 1.2  # largest ratio, farthest to nearest, of the depths of neighboring rays whose ends the surface connects
 # Colors of ground-truth boxes and of points, on TensorBoard's white background
 TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)

@@ -28,7 +28,7 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     """The batch's first sample in bird's-eye view, and in its cameras if it has any: [H, W, 3] uint8.
 
     predicted: [K] classes of the keyframe's points, from `Segmenter.segment`.
-    width:     pixels of a camera's column.
+    width:     of each camera's picture, in pixels.
 
     Points without a label are gray, in the ground truth and in the predictions. A batch without labels shows only the
     predictions.

@@ -17,13 +17,13 @@ from PIL import Image
 
 from unipad.batch import Batch
 from unipad.errors import UserError
-from unipad.model.mask import MASK_BLOCK
+from unipad.model.mask import MASK_PATCH
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import cast_rays, grid_of_views, project_points, rays_from_lidar
 
 FAR = 60.0  # meters at the far end of the color scale
-PANORAMA = (42, 360)  # rows and columns of one degree each, clockwise around the LiDAR; forward is column 90
-TOP = 11.0  # elevation of a panorama's first row, degrees: nuScenes' LiDAR covers -30.7 to 10.7
+PANORAMA = (43, 360)  # rows and columns of one degree each, clockwise around the LiDAR; forward is column 90
+TOP = 11.0  # elevation of a panorama's first row, degrees; the last row's is -31. nuScenes' LiDAR covers -30.7 to 10.7
 CHUNK = 2**18  # rays cast at once, over all views; those of six full images would take gigabytes
 DPI = 80
 
@@ -38,7 +38,7 @@ def rendered_views(
     generators: one per sample, for the masks of the encoder's input; None: no masking.
     stride:     pixels between rendered rays of a camera.
     normals:    render surface normals too, as colors: red right, green ahead, blue up.
-    width:      pixels of a camera's column.
+    width:      of each camera's picture, in pixels; a single picture in a row is six times as wide.
     """
     was_training = model.training
     model.eval()
@@ -65,7 +65,7 @@ def rendered_views(
         add("image", images.permute(0, 2, 3, 1))
     if "camera" in masks:
         unmasked = masks["camera"][0, : len(images), None].float()  # the keyframe's views come first
-        unmasked = F.interpolate(unmasked, scale_factor=MASK_BLOCK)
+        unmasked = F.interpolate(unmasked, scale_factor=MASK_PATCH)
         add("image, as the encoder sees it", (images * unmasked).permute(0, 2, 3, 1))
     if model.renders_color(batch):
         add("rendered", rgb, step)

@@ -50,13 +50,13 @@ def predict_all(
                 predictions |= zip(batch.tokens, predict(batch.to(world.device)), strict=True)
             bar.update(batch_size * world.size)  # the other processes are about as far
     model.train(was_training)
-    for frame in unreadable:
-        print(f"skipped {frame}", file=sys.stderr)
+    for bad in unreadable:  # `path: reason`
+        print(f"skipped {bad}", file=sys.stderr)
     parts = to_main((predictions, unreadable), world)  # in the main process: a pair for each process
 
     def check():
         if not any(part for part, _ in parts):
-            reasons = [frame for _, bad_frames in parts for frame in bad_frames]
+            reasons = [bad for _, bad_frames in parts for bad in bad_frames]
             raise UserError(
                 f"none of the {len(dataset)} frames can be read ({reasons[0]}); correct the files, "
                 "or unpack them again."

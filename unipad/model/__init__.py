@@ -1,6 +1,6 @@
 """The model. Coordinates are in the LiDAR frame, in meters (field.py, samplers.py and the inside of render.py: meters *
-`Grid.scale`). A volume is [B, C, Z, Y, X] between modules, [B, Z, Y, X, C] inside the decoder and the renderer. The
-rays of all samples are concatenated; `volume_idx` is the sample whose volume a ray crosses.
+`Grid.scale`). A volume is [B, C, Z, Y, X] between modules, [B, Z, Y, X, C] inside the transformer decoder and the
+renderer. The rays of all samples are concatenated; `volume_idx` is the index of the sample whose volume a ray crosses.
 
 encoder.py   images, points or both -> one volume: the pre-trained part that fine-tuning starts from
 mask.py      random masks of image patches and of blocks of voxels

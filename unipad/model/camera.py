@@ -6,9 +6,9 @@ enough that their input, the residual stream, is zero in masked patches: the mas
 every downsampling, of every residual branch and of the norms after the stages (norms have a bias), nothing else. FPN
 and depth head have no mask and fill masked patches from their neighbors.
 
-Padding is encoded as in the original, but passes no gradient back: before training its features are all 0 (so are the
-biases), so every LayerNorm multiplies gradients there by up to 1 / sqrt(1e-6) = 1000; the gradient norm of an untrained
-model was 4e9 instead of 50 (docs/log.md).
+The images' padding is encoded as in the original, but passes no gradient back: before training its features are all 0
+(so are the biases), so every LayerNorm multiplies gradients there by up to 1 / sqrt(1e-6) = 1000; the gradient norm of
+an untrained model was 4e9 instead of 50 (docs/log.md).
 
 Module and parameter names are those of the official ConvNeXt, of mmdet's FPN without `.conv.`, and of the original for
 `input_proj` and `depth_net`.
@@ -148,7 +148,7 @@ class ConvNeXt(nn.Module):
         for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = down(x)
             visible = None if mask is None else F.interpolate(mask.to(x.dtype), size=x.shape[-2:])  # [M, 1, h, w]
-            if image_sizes is not None:  # padding is right and below: 2x2 cells lie in it if the upper left does
+            if image_sizes is not None:  # padding is right and below: four cells lie in it if the upper left one does
                 inside = _inside(image_sizes, x) if i == 0 else inside[..., ::2, ::2]
             x = _cut(_scaled(x, visible), inside)
             for block in stage:
@@ -176,7 +176,7 @@ class Block(nn.Module):
         self.drop_path = drop_path  # rate at which an image skips the branch in training
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x: [M, width, h, w]; scale: [M, 1, h or 1, w or 1] or None."""
+        """x: [M, width, h, w]; scale: [M, 1, h or 1, w or 1] or None (1), from `_branch_scale`."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).to(x.dtype)  # [M, h, w, width]
         y = F.gelu(self.pwconv1(y))
         # gamma multiplies the weights instead of the output: far fewer elements, forward and backward

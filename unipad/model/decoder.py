@@ -113,8 +113,8 @@ class VolumeAttention(nn.Module):
     def forward(self, x: Tensor, reference: Tensor, volume: Tensor) -> Tensor:
         """x: [B, Q, C], positions added; reference: [B, Q, 3] logits; volume: [B, Z, Y, X, C]; returns [B, Q, C]."""
         B, Z, Y, X, _ = volume.shape
-        u, v, w = reference.sigmoid().unbind(-1)  # fractions of the range
-        # The range's ends are the faces of the outermost cells (align_corners=False), unlike in the renderer.
+        u, v, w = reference.sigmoid().unbind(-1)  # fractions of the volume
+        # 0 and 1 are the faces of the outermost cells (align_corners=False), in the renderer their centers.
         cells = torch.stack([u * X, v * Y, w * Z], dim=-1) - 0.5
         sampled, _ = trilinear(volume, cells, torch.arange(B, dtype=torch.int32, device=volume.device))
         return self.output_proj(self.attention_weights(x).sigmoid() * sampled)

@@ -19,7 +19,7 @@ NEAR_RADIUS = 3.0  # meters from the LiDAR's vertical axis; nearer points lie on
 def depth_head(cfg: CameraConfig) -> nn.Module:
     """The head that `cfg` names: features [B * N, C, h, w] and generators -> logits [B * N, bins, h, w]."""
     if cfg.depth == "simple":
-        return SimpleDepth(cfg.channels, cfg.depth_bins, 1)
+        return SimpleDepth(cfg.channels, cfg.depth_bins, kernel_size=1)
     if cfg.depth == "complex":
         return ComplexDepth(cfg.channels, cfg.depth_bins, cfg.aspp_channels)
     raise ValueError(f"no depth head {cfg.depth!r}: choose simple or complex")
@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling (arXiv 1706.05587): dilated convolutions and the mean of the image."""
+    """Atrous spatial pyramid pooling (arXiv 1706.05587): dilated convolutions and the mean over each image."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -89,10 +89,10 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, C, h, w] -> [M, C, h, w], after a ReLU."""
-        scales = [getattr(self, f"aspp{i}")(x) for i in range(1, len(DILATIONS) + 1)]
-        mean = self.global_avg_pool(x).expand_as(scales[0])
+        branches = [getattr(self, f"aspp{i}")(x) for i in range(1, len(DILATIONS) + 1)]
+        mean = self.global_avg_pool(x).expand_as(branches[0])
         # concatenated in channels-last order: the expanded mean would make torch.cat choose the other layout
-        joined = torch.cat([scale.permute(0, 2, 3, 1) for scale in (*scales, mean)], dim=-1).permute(0, 3, 1, 2)
+        joined = torch.cat([branch.permute(0, 2, 3, 1) for branch in (*branches, mean)], dim=-1).permute(0, 3, 1, 2)
         return self.bn1(self.conv1(joined)).relu()
 
 
@@ -113,7 +113,8 @@ class DilatedConv(nn.Module):
 
 
 def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
-    """Binary cross entropy of each cell's depth bins; the target is 1 for the bin of its nearest LiDAR point, else 0.
+    """Binary cross entropy of each cell's depth bins; the target is 1 for the bin of the nearest LiDAR point seen in
+    the cell, else 0.
 
     depths: per level [B, N, h, w, D] probabilities, from `Encoder.encode`.
     batch:  the batch they were computed from; all views and points of a sample are compared, also those of sweeps.

@@ -30,7 +30,7 @@ from unipad.model.dropout import Dropout
 from unipad.model.encoder import Encoder
 from unipad.model.targets import Noisy, detection_losses, draw_noise, noisy_queries, tensor_like
 
-EPS = 1e-5  # fractions of the range are clamped this far from 0 and 1 before taking logits, as in mmdet
+EPS = 1e-5  # fractions of the grid's range are clamped this far from 0 and 1 before taking logits, as in mmdet
 PRIOR = 0.01  # initial score of every class (focal loss, arXiv 1708.02002)
 
 
@@ -108,7 +108,7 @@ class Head(nn.Module):
             nn.init.constant_(branch[-1].bias, -math.log((1 - PRIOR) / PRIOR))
         if cfg.denoising:
             self.iou_branches = _per_layer(cfg.layers, channels, 1)
-            self.reference_points = nn.Embedding(cfg.queries, 3)  # fractions of the range
+            self.reference_points = nn.Embedding(cfg.queries, 3)  # fractions of the grid's range
             nn.init.uniform_(self.reference_points.weight)
             self.query_embedding = nn.Sequential(
                 nn.Linear(3, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels)

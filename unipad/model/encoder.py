@@ -11,7 +11,7 @@ from unipad.batch import Batch
 from unipad.errors import UserError
 from unipad.model.camera import CameraEncoder
 from unipad.model.lidar import LidarEncoder
-from unipad.model.mask import MASK_BLOCK, draw_mask
+from unipad.model.mask import MASK_PATCH, draw_mask
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import NORM
 from unipad.model.unet import UnetEncoder
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         frames = self.recipe.data.camera_sweeps
         assert batch.frames == frames, f"the batch has {batch.frames} frames of images, the recipe {frames}"
         if masked:
-            h, w = H // MASK_BLOCK, W // MASK_BLOCK
+            h, w = H // MASK_PATCH, W // MASK_PATCH
             mask = draw_mask(
                 _per_sample(generators, (N, h * w)).flatten(0, 1), h, w, cfg.mask_ratio
             )  # [B * N, 1, h, w]

@@ -20,9 +20,9 @@ class Field(nn.Module):
 
     def __init__(self, cfg: Render, grid: Grid):
         super().__init__()
-        # point; feature -> signed distance, geometry feature
+        # point and c = feature -> signed distance, geometry feature; c: see `Decoder`
         self.sdf_decoder = Decoder(cfg.channels, 1 + cfg.hidden, hidden=cfg.hidden, layers=cfg.sdf_layers)
-        # point; direction, feature, gradient, geometry feature -> color
+        # point and c = (direction, feature, gradient, geometry feature) -> color
         self.rgb_decoder = Decoder(3 + cfg.channels + 3 + cfg.hidden, 3, hidden=cfg.hidden, layers=cfg.rgb_layers)
         # for `beta` (VolSDF) and `inv_s` (NeuS) below; one setting initializes both, as in the original
         self.laplace_density = nn.ParameterDict({
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
     the ops compute with `tensors()`.
 
     lin0, lin1, .. are the layers. The input of lin0 is fc_p(point) + fc_c.0(c), where c is a vector of `inputs`
-    numbers; fc_c.l(c) is added to the input of every other lin l.
+    numbers; fc_c.l(c) is added to the input of each later lin l.
     """
 
     def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):

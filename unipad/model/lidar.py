@@ -165,7 +165,7 @@ class Second(nn.Module):
 
 
 class SecondFPN(nn.Module):
-    """The original's SECOND3DFPN: the branches, each upsampled to the volume's size with `channels`, and summed."""
+    """The original's SECOND3DFPN: the sum of the branches, each upsampled to [B, channels, Z, Y, X]."""
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int], channels: int):
         super().__init__()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-MASK_BLOCK = 32  # pixels: the image encoder's total stride, so one patch is one cell of its last stage
+MASK_PATCH = 32  # pixels: the image encoder's total stride, so one patch is one cell of its last stage
 
 
 def draw_mask(noise: Tensor, h: int, w: int, ratio: float) -> Tensor:
@@ -34,7 +34,7 @@ def draw_voxel_mask(coords: Tensor, noise: Tensor, block: int, ratio: float) -> 
     block_of = ((b * Z + z) * Y + y) * X + x  # [N] linear index of each voxel's block in `noise`
     occupied = torch.zeros(noise.numel(), dtype=torch.bool, device=noise.device)
     occupied = occupied.index_fill(0, block_of, True).view(len(noise), -1)
-    # [B, 1] visible blocks; in double, to round as `draw_mask` does in Python
+    # [B, 1] number of visible blocks; in double, to round as `draw_mask` does in Python
     count = (occupied.sum(1, keepdim=True).double() * (1 - ratio)).round()
     order = noise.flatten(1).masked_fill(~occupied, 2).argsort(dim=1, stable=True)  # empty blocks last: noise is < 1
     is_visible = torch.arange(order.shape[1], device=order.device) < count  # [B, blocks], in this order

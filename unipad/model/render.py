@@ -14,7 +14,9 @@ weights are all 0 gets the lower end of that range.
 On a GPU, field, opacity and compositing of neus and volsdf are one fused op, `sdf_render`, where it supports the field;
 unisurf, other fields, fp64 and CPUs run op by op.
 
-A sample lies at the start of its interval. The interface is in meters; inside, lengths are meters * grid.scale.
+A sample lies at the start of its interval. Rays, points, rendered depths and the settings `near` and `truncation` are
+in meters; all other lengths are scaled meters, meters * grid.scale.
+
 A ray that misses the volume renders black at depth 0 and does not count in any loss. A sample is one on a ray; a sample
 of the batch is called a batch sample.
 """
@@ -62,7 +64,7 @@ class Renderer(nn.Module):
     def __init__(self, cfg: config.Render, grid: config.Grid):
         super().__init__()
         self.cfg = cfg
-        self.exact = False  # True: the fused op multiplies in fp32, not tf32
+        self.exact = False  # True: the fused op multiplies with fp32 accuracy (tf32x3), not in tf32
         self.scale = grid.scale
         self.box = [[v * grid.scale for v in corner] for corner in (grid.low, grid.high)]
         if cfg.method not in SAMPLERS:
@@ -90,7 +92,8 @@ class Renderer(nn.Module):
             jitter: [R, self.jitters] uniforms in [0, 1) that jitter the samples of each ray, in training.
                     None: the same samples every time.
             points: pair of [P, 3] meters and [P] int32 volume index (-1: not used), for the loss `points`.
-            stop:   transmittance below which a ray ends early, in the fused op only: for pictures, not for losses.
+            stop:   transmittance below which a ray ends early, in the fused op only: for pictures and metrics, not for
+                    losses.
 
         Without rays all tensors of rays are empty. Differentiable once in `volume` and the parameters.
 
@@ -194,7 +197,7 @@ class Renderer(nn.Module):
             return None, None
         position, volume_idx = points
         position = (position.to(volume.dtype) * self.scale)[:, None]  # [P, 1, 3]
-        sdf = self.field.sdf(volume, position, volume_idx.clamp(min=0))[:, 0]  # of index -1: not used
+        sdf = self.field.sdf(volume, position, volume_idx.clamp(min=0))[:, 0]  # index -1: computed, but not used
         return sdf, _of_volume(volume_idx, len(volume), volume.dtype)
 
 

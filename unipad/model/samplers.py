@@ -19,7 +19,7 @@ from unipad.kernels.composite import composite
 from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_edges
 from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
-INV_S = 64.0  # NeuS: inverse scale for importance sampling; the fixed one of its first round, here the only round
+INV_S = 64.0  # NeuS: fixed inverse scale of its first round of importance sampling, which is the only one here
 ERROR = 0.1  # VolSDF: bound on the opacity's error at which sampling stops (epsilon)
 ROUNDS = 5  # VolSDF: maximum number of rounds of sampling
 BISECTIONS = 10  # VolSDF: steps that narrow down beta+ in one round

@@ -1,7 +1,8 @@
 """Sparse convolutions on the occupied voxels of a batch of grids, and the blocks made of them.
 
-Only occupied voxels have a row of features. Which rows a convolution gathers depends on where the voxels are, not on
-its weights: a `VoxelSet` builds these neighbor tables once per geometry and keeps them. All triples are (z, y, x).
+Only occupied voxels have a row of features. Which rows a convolution gathers (its neighbor table) depends on where the
+voxels are, not on its weights: a `VoxelSet` builds each table once per geometry (kernel, stride, padding, dilation) and
+keeps it. All triples are (z, y, x).
 """
 
 import dataclasses

@@ -34,7 +34,7 @@ class Noisy:
     """
 
     references: Tensor  # [B, G * P, 3] centers as fractions of the grid's range, in [0, 1]; 0 in unused slots
-    # A noisy query does not attend to those of other groups, the head's own Q queries not to noisy ones.
+    # A noisy query attends to its own group and to the head's own Q queries; these attend to each other only.
     blocked: Tensor  # [G * P + Q, G * P + Q] bool, True: the row's query does not attend to the column's
     sample: Tensor  # [M] int64 index of each box's sample
     slot: Tensor  # [G, M] int64 index of each box's noisy query in each group, in [0, G * P)
@@ -85,7 +85,7 @@ def assign(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The one-to-one assignment of boxes to queries of lowest total cost, per layer and sample (Hungarian method).
 
-    cost = class_weight * (focal loss of the box's class if the target is 1 - if it is 0)
+    cost = class_weight * (focal loss of the box's class with target 1, minus that with target 0)
            + box_weight * |weighted code - box's weighted code|_1, without the velocities
 
     Args:

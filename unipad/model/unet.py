@@ -1,9 +1,9 @@
 """SpUNet: points -> one point per voxel -> a sparse U-Net -> features of every point, or a volume of them.
 
 `Unet` has the structure and parameter names of the original's SpUNetBase, which follows Pointcept: 5 x 5 x 5 stem,
-strided convolutions down, their inverses up, skip connections. One difference: the voxel grid is aligned with the
-LiDAR's origin, in Pointcept with each sample's smallest coordinates; so features here depend neither on a sample's
-farthest point nor on the rest of the batch.
+strided convolutions down, their inverses up, skip connections. Unlike in Pointcept, the voxel grid is aligned with the
+LiDAR's origin, not with each sample's smallest coordinates: features depend neither on a sample's farthest point nor on
+the rest of the batch.
 
 A voxel is one of the U-Net's, of edge `UnetConfig.cell`; a cell is one of the volume's, in `Grid`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unipad import config
 from unipad.errors import UserError
 from unipad.kernels.backend import host_wait
-from unipad.kernels.voxelize import grid_sample
+from unipad.kernels.voxelize import grid_subsample
 from unipad.model.mask import draw_voxel_mask
 from unipad.model.sparse import (
     ConvNormReLU,
@@ -51,15 +51,14 @@ class UnetEncoder(nn.Module):
     def forward(self, points: Tensor, point_counts: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode the points of a batch, all inside the grid.
 
-        points, point_counts: as for `LidarEncoder.forward`.
-        noise: [B, *mask_shape] uniform in [0, 1): which blocks of voxels are hidden; None: none.
+        points, point_counts, noise: as for `LidarEncoder.forward`.
 
         Returns:
             volume:      [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the visible voxels whose
                          points are in each cell, 0 where there is none.
             grid_coords: [M, 4] int32 (b, z, y, x) of the visible voxels, counted from the grid's lower corner.
         """
-        rows, coords, _, extent = grid_sample(points, point_counts, self.cfg.cell)
+        rows, coords, _, extent = grid_subsample(points, point_counts, self.cfg.cell)
         sample, *zyx = coords.unbind(1)
         # a point just below the grid's upper border may be rounded up to it
         axes = zip(zyx, self.first_voxel, self.voxel_counts, strict=True)
@@ -80,7 +79,7 @@ class UnetEncoder(nn.Module):
             rows:     [V] int64, the row in `points` of the point that stands for each voxel.
             voxel_of: [P] int64, the row in `features` of each point's voxel.
         """
-        rows, coords, voxel_of, extent = grid_sample(points, point_counts, self.cfg.cell)
+        rows, coords, voxel_of, extent = grid_subsample(points, point_counts, self.cfg.cell)
         return self._encode(points[rows], coords, extent, len(point_counts)), rows, voxel_of
 
     def _encode(self, points, coords, extent, B):

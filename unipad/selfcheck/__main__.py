@@ -12,7 +12,7 @@ An error is the largest absolute difference of an output or gradient from its tr
 true value. Its bound is twice the error of the reference in the type of the check, plus a slack. The true values are
 computed by the reference in fp64 (for voxels and their neighbor tables in fp32) from the inputs that the kernels read,
 which are rounded to the type. Integers and booleans must be equal. NaN and infinity always fail. A check named
-bit-equal runs the op twice under PyTorch's strict determinism; the results must also be equal to the bit.
+"..., bit-equal" runs the op twice under PyTorch's strict determinism; both results must also be equal to the bit.
 
 A faulting kernel can corrupt the GPU context of its process. So the checks run in a separate process, and after a crash
 the remaining ones continue in a new process.

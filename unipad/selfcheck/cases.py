@@ -1,4 +1,4 @@
-"""The cases of the self-check, each at a small size and at the size of a recipe.
+"""The cases of the self-check: nearly all at a small size and at the size of a recipe.
 
 A function `_*_cases(size, recipe)` makes those of one size; recipe: whether it is that of a recipe. Its local functions
 make the inputs of an op: (device, dtype) -> arguments by name.
@@ -61,7 +61,10 @@ def checks(sizes=SIZES):
 
 
 def _each(dtypes, name, size, op, ref, inputs, wrt=(), **flags):
-    """Cases of an op in several types; dtypes: keys of `TYPES`, separated by spaces; flags: other fields of `Case`."""
+    """Cases of an op in several types.
+
+    dtypes: keys of `check.TYPES`, separated by spaces; flags: other fields of `Case`.
+    """
     for dtype in dtypes.split():
         yield Case(name, size, dtype, inputs, op, ref, wrt, **flags)
 
@@ -117,7 +120,7 @@ def _view_cases(size, recipe):
 
     wrt = ("features", "depths")
     # Image positions are fp32 for every type: among 200 columns they are off by up to 2e-5 columns, and so are
-    # interpolation weights. How they round depends on the compiler, so fp32 needs a larger slack than that of `SLACK`.
+    # interpolation weights. How they round depends on the compiler, so fp32 needs more slack than `check.SLACK` gives.
     yield from _each("fp32", "lift", size, lift, lift_ref, lifted, wrt, slack=1e-4)
     yield from _each("fp32", "lift, bit-equal", size, lift, lift_ref, lifted, wrt, slack=1e-4, strict=True)
     yield from _each("fp16 bf16", "lift", size, lift, lift_ref, lifted, wrt)
@@ -271,7 +274,7 @@ def _field_cases(size, recipe):
 
     def inputs(method, C=32, hidden=16, sdf_layers=6, rgb_layers=4):
         def make(device, dtype):
-            # cells per unit, and offset, of x, y, z: from -1 to 1 in x and y, -0.1 to 0.1 in z, are X, Y, Z cells
+            # cells per unit, and offset, of x, y, z: the volume spans -1 to 1 in x and y, -0.1 to 0.1 in z
             cells = torch.tensor([[X / 2, Y / 2, 5 * Z], [X / 2, Y / 2, Z / 2]], device=device).unbind()
             candidates = 2 * R  # rays, of which the first R with `CLEARANCE` are taken
             origins = torch.randn(candidates, 3, device=device) * 0.02

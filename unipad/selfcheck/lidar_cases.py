@@ -86,7 +86,7 @@ def _stage(number, recipe, device):
 
 
 def voxel_cases(size, recipe):
-    """Cases of voxelization and of the tables of neighbors. Names count the encoder's stages from 1."""
+    """Cases of voxelization and of neighbor tables. Names count the encoder's stages from 1, `number` from 0."""
 
     def points(device, dtype):
         low, cell, shape = _grid(recipe)
@@ -138,11 +138,12 @@ def voxel_cases(size, recipe):
 
 
 def sparse_cases(size, recipe):
-    """Cases of the sparse convolutions. Names count the encoder's stages from 1."""
+    """Cases of the sparse convolutions. Names count the encoder's stages from 1, `number` from 0."""
 
     def inputs(kind, number, kernel, c_in, c_out):
         def make(device, dtype):
-            coords, shape = _stage(number if recipe else 0, recipe, device)  # the small grid's have few voxels
+            # small: always the first stage, since later ones have few voxels
+            coords, shape = _stage(number if recipe else 0, recipe, device)
             if kind == "submanifold":
                 table = submanifold_map_ref(coords, *sort_voxels_ref(coords, shape), shape, kernel, ONE)
                 tables = table, None

@@ -5,6 +5,7 @@
     paint.py     appearance: colors, textures, sun, shadows and sky; LiDAR intensity
     raycast.py   exact ray casting, for cameras and LiDAR alike
     traffic.py   road users, and `Scene`: a drive through the city in traffic
+    weather.py   sun, clouds and haze of a scene
     streets.py   the static city: ground, houses, trees
     solids.py    the primitives: tapered boxes and ellipsoids, with their lidarseg categories
 

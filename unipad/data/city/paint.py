@@ -68,9 +68,10 @@ def _ray_colors(scene, origin, directions, solids, distance, hit, shadow):
 
 
 def sky(directions, weather):
-    """[n, 3] float32 colors of the sky: haze at the horizon, blue above, light clouds, a glow around the sun.
+    """[n, 3] float32 colors of the sky: haze at the horizon, blue above, light clouds, a glow around the sun. All of it
+    fades into uniform gray as `weather.clouds` goes from 0 to 1 (overcast).
 
-    directions: [3, n] unit vectors of the rays. Clouds hide blue and sun as far as `weather.clouds` says.
+    directions: [3, n] unit vectors of the rays.
     """
     sun = weather.sun
     up = np.maximum(directions[2], 0.02)  # not 0, which would put the clouds at the horizon infinitely far away

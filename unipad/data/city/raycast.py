@@ -136,7 +136,8 @@ def crossings(view, solids):
                 yield ray[hit], np.repeat(solid[part], area[part])[hit], distance[hit]
 
 
-# (ray, solid) pairs tested at once, about, and rays that `paint` colors at once: temporaries stay in the CPU's caches
+# About how many (ray, solid) pairs are tested at once, and how many rays `paint` colors at once: so small that
+# temporaries stay in the CPU's caches
 CHUNK = 1 << 16
 
 

@@ -51,8 +51,8 @@ def version_of(args) -> str:
 def scene_names(args) -> list[str]:
     """Names of the scenes, sorted.
 
-    Those of nuScenes mini include both validation scenes, or one if there are only two scenes: the devkit's
-    LidarSegEval requires every scene of the split that it evaluates.
+    A city of up to 10 scenes always has both validation scenes of nuScenes mini, or one if there are only two scenes:
+    the devkit's LidarSegEval requires every scene of the split that it evaluates.
     """
     if is_large(args):
         return [f"city-{number:04d}" for number in range(args.scenes)]
@@ -235,9 +235,10 @@ def _channel_records(tables, args, name, channel):
 
 
 def _actor_records(tables, args, name, censuses):
-    """Instances and their annotations, from the first to the last keyframe in which an actor is within VIEW_DISTANCE.
+    """Instances and their annotations, from the first to the last keyframe in which an actor is within VIEW_DISTANCE
+    of the ego vehicle.
 
-    censuses: the result of `rig.census` at each keyframe.
+    censuses: the result of `rig.census` at each keyframe of this scene.
     """
     scene = scene_of(args, name)
     times = np.arange(args.keyframes) * KEYFRAME / 1e6
@@ -290,7 +291,7 @@ def _token(args, *id_):
 
 
 def _time(name, stamp):
-    """Microseconds since 1970."""
+    """Microseconds since 1970 at which the frame with this `stamp` was taken."""
     return START + scene_number(name) * SCENE_INTERVAL + stamp
 
 

@@ -23,7 +23,7 @@ class Camera:
     pitch: float  # degrees up
     focal: float  # pixels at 900 x 1600, like the principal point
     principal: tuple[float, float]  # u, v
-    early: float  # seconds by which it fires before the LiDAR's timestamp: the LiDAR triggers it when it sweeps past
+    early: float  # seconds by which it fires before the LiDAR's timestamp: the LiDAR's beams trigger it in passing
 
 
 CAMERAS = {
@@ -84,7 +84,7 @@ def camera_view(scene, channel, size, t):
 
 
 def lidar_view(scene, columns, t):
-    """The beams of the LiDAR at time t; the first column points along the LiDAR's x axis, to the right."""
+    """The beams of the LiDAR at time t; columns: number of azimuths, of which the first is the LiDAR's x axis."""
     rotation, translation = ego_pose(scene, t)
     origin = rotation.rotate(np.array(LIDAR_POSITION)) + translation
     return LidarView(origin, scene.ego.pose(t)[2] - np.pi / 2, BEAMS, columns)
@@ -92,7 +92,7 @@ def lidar_view(scene, columns, t):
 
 @dataclass(frozen=True)
 class Scan:
-    """One LiDAR revolution, n returns in firing order: all rings of an azimuth, then the next azimuth."""
+    """One LiDAR revolution: n returns in the order of a real LiDAR, all rings of an azimuth, then the next azimuth."""
 
     points: np.ndarray  # [n, 5] float32 x, y, z meters (LiDAR frame), intensity 0-255, ring
     category: np.ndarray  # [n] uint8 lidarseg index
@@ -101,7 +101,10 @@ class Scan:
 
 
 def scan(scene, t, columns, rng):
-    """Scan the scene at time t, all beams fired at once; columns: number of azimuths; rng: for noise and dropout."""
+    """Scan the scene at time t: unlike a real LiDAR, all beams fire at that time, so nothing moves meanwhile.
+
+    columns: number of azimuths; rng: for noise and dropout.
+    """
     view = lidar_view(scene, columns, t)
     rotation, translation = ego_pose(scene, t)
     ego = EGO.copy()

@@ -3,7 +3,7 @@
 import numpy as np
 
 # One solid. `taper`: how far the front face, the back face and each side face lean inwards, in meters per meter of
-# height above the bottom, which has the size `half`.
+# height above the bottom; length and width of the bottom are those in `half`, doubled.
 SOLID = np.dtype(
     [
         ("center", "f8", 3),  # world, meters
@@ -18,6 +18,7 @@ SOLID = np.dtype(
     ]
 )
 
+# How a surface is painted: paint.py has the textures
 MATERIALS = ("plain", "facade", "foliage", "signal", "body", "cabin", "coach", "cargo", "stripes")
 
 # lidarseg's categories, by index
@@ -36,8 +37,8 @@ CATEGORY = {name: index for index, name in enumerate(CATEGORIES)}
 
 
 def solid(base, yaw, size, material, color, category, taper=(0, 0, 0), is_round=False, owner=-1):
-    """A row of a SOLID array, as a tuple. base: x, y, z of the center of the bottom; size: length, width, height (an
-    actor's is width, length, height, as in nuScenes); taper: of front, back and sides."""
+    """A row of a SOLID array, as a tuple. base: x, y, z of the center of the bottom; size: length, width, height
+    (unlike `Actor.size`, which is width, length, height, as in nuScenes); taper: of front, back and sides."""
     x, y, z = base
     half = tuple(v / 2 for v in size)
     index = MATERIALS.index(material)

@@ -64,7 +64,7 @@ class City:
 
     def street_pose(self, origin, direction, ahead, left):
         """World x, y and heading of the point `ahead` meters along a street from `origin` (grid) and `left` meters to
-        the left of its center line."""
+        the left of its center line; direction: of the street, index into AXES."""
         grid = np.asarray(origin) + ahead * AXES[direction] + left * AXES[(direction + 1) % 4]
         tail, here, nose = self.to_world(grid + np.array([[-0.5], [0], [0.5]]) * AXES[direction])
         return *here, np.arctan2(*(nose - tail)[::-1])
@@ -121,8 +121,8 @@ class City:
                     solids += tree(rng, spot)
                 continue
             along = HALF_ROAD + SIDEWALK + 4  # meters from `origin` to the near end of the next house
-            # The last house begins 38 m before the next side's street: that side's houses reach 27.5 m from its center
-            # line, and 10.5 m are left for most of this one.
+            # Houses begin at least 38 m before the next side's street: that side's houses reach at most 27.5 m from its
+            # center line, and 10.5 m are left for most of the last house; the rest of it may overlap one of them.
             while along < PITCH - 38:
                 length, width = rng.uniform(9, 15), rng.uniform(9, 12)  # along the street, and away from it
                 front = HALF_ROAD + SIDEWALK + rng.uniform(3.5, 5)

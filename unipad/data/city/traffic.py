@@ -13,6 +13,7 @@ import numpy as np
 
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, DRIVING_LINE, HALF_ROAD, PITCH, STREETS, City
+from unipad.data.city.weather import Weather
 
 # meters from the ego vehicle up to which the sensors see houses, and all other solids
 HOUSE_VIEW_DISTANCE, VIEW_DISTANCE = 140.0, 90.0
@@ -20,8 +21,8 @@ HOUSE_VIEW_DISTANCE, VIEW_DISTANCE = 140.0, 90.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of road user. Pieces span (x, y, z) ranges: fractions of the box's length and width, from its center, and
-    of its height, from the ground."""
+    """A kind of road user. Its annotation box is filled with pieces, which span ranges of x, y and z: fractions of the
+    box's length and width, from its center, and of its height, from the ground."""
 
     category: str
     size: tuple[float, float, float]  # width, length, height; meters, mean: actors differ by up to 6 %
@@ -46,7 +47,7 @@ RIDER = (
     ((-0.05, 0.09), (-0.22, 0.22), (0.84, 1), "plain", SKIN, NO_TAPER, True),
     ((-0.08, 0.06), (-0.30, 0.30), (0.10, 0.50), "plain", DENIM, NO_TAPER, False),
 )
-CYCLE = (
+BICYCLE = (
     ((-0.5, -0.12), (-0.08, 0.08), (0, 0.60), "plain", BLACK, NO_TAPER, True),
     ((0.12, 0.5), (-0.08, 0.08), (0, 0.60), "plain", BLACK, NO_TAPER, True),
     ((-0.28, 0.30), (-0.09, 0.09), (0.44, 0.60), "plain", None, NO_TAPER, False),
@@ -129,8 +130,8 @@ KINDS = {
         lowered(MOTORCYCLE, 0.72) + RIDER, **RIDDEN,
     ),
     "motorcycle": Kind("vehicle.motorcycle", (0.8, 2.1, 1.25), (RED, BLACK, GRAY), MOTORCYCLE, **RIDERLESS),
-    "cyclist": Kind("vehicle.bicycle", (0.65, 1.75, 1.75), CLOTHES, lowered(CYCLE, 0.62) + RIDER, **RIDDEN),
-    "bicycle": Kind("vehicle.bicycle", (0.6, 1.75, 1.1), (RED, (0.2, 0.4, 0.6), GRAY), CYCLE, **RIDERLESS),
+    "cyclist": Kind("vehicle.bicycle", (0.65, 1.75, 1.75), CLOTHES, lowered(BICYCLE, 0.62) + RIDER, **RIDDEN),
+    "bicycle": Kind("vehicle.bicycle", (0.6, 1.75, 1.1), (RED, (0.2, 0.4, 0.6), GRAY), BICYCLE, **RIDERLESS),
     "cone": Kind(
         "movable_object.trafficcone", (0.45, 0.45, 0.9), (ORANGE,),
         (
@@ -196,33 +197,9 @@ class Path:
 
 
 def district_of(index, varied):
-    """Number of the district in which scene `index` is: with as many scenes as it has intersections, if `varied`."""
+    """Number of the district of scene `index`: 0 or, if `varied`, a new one after every 16 scenes, so that each scene
+    has an intersection of its own: (STREETS - 3)^2 = 16 of a district's are away from the border of the map."""
     return index // (STREETS - 3) ** 2 if varied else 0
-
-
-@dataclass(frozen=True)
-class Weather:
-    """Light and air of a scene; brightness and colors as in unipad/data/city/paint.py."""
-
-    sun: np.ndarray  # [3] unit, towards the sun
-    sunlight: float  # brightness of what the sun lights at a right angle
-    skylight: float  # brightness of what the whole sky lights
-    clouds: float  # 0: blue sky with some clouds; 1: overcast
-    haze_length: float  # meters after which 1/e of a color remains
-
-    @classmethod
-    def draw(cls, rng, varied):
-        """Random weather: a sunny day at about noon or, if `varied`, any light and air."""
-        elevation, azimuth = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
-        sunlight, skylight, clouds, haze_length = 0.75, 0.42, 0.0, 320.0
-        if varied:
-            elevation = rng.uniform(0.2, 1.2)
-            clouds = max(0.0, rng.uniform(-0.7, 1.0))  # two fifths of the scenes are clear
-            sunlight, skylight = 0.85 * (1 - clouds) * rng.uniform(0.7, 1), rng.uniform(0.3, 0.6)
-            haze_length = np.exp(rng.uniform(np.log(60), np.log(600)))
-        horizontal = np.cos(elevation)
-        sun = np.array([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), np.sin(elevation)])
-        return cls(sun, sunlight, skylight, clouds, haze_length)
 
 
 class Scene:
@@ -256,7 +233,7 @@ class Scene:
         self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, path, PITCH - self.approach, speed)
 
         self._times = np.arange(0, duration + 0.25, 0.25)  # at which `_add` looks for collisions
-        self._taken = [self._discs(self.ego)]  # where the ego vehicle and every actor are
+        self._taken = [self._discs(self.ego)]  # for the ego vehicle and every actor: where it is at each of `_times`
         self.actors = []
         self._add_parked()
         self._add_people()
@@ -311,7 +288,7 @@ class Scene:
         # side: -1 right, 1 left
         for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
             # meters ahead of the intersection: from 18 m behind the start to 1.5 m before the crosswalk; a construction
-            # site takes 12.5 m
+            # site takes 12.5 m: 11 m and a gap
             begin, end = -self.approach - 18, -HALF_ROAD - CROSSWALK[1] - 1.5
             room = end - begin - sum(12.5 if k == "site" else KINDS[k].size[1] + 2 for k in kinds)
             kinds += ["car"] * int(room / (KINDS["car"].size[1] + 1.5))
@@ -334,8 +311,8 @@ class Scene:
 
     def _park_at_curb(self, kind, heading, begin, side):
         """Park an actor at the curb on one side (1 left, -1 right) of a street, from `begin` meters ahead of the
-        intersection on, in the direction of the traffic on that side. Returns where it ends or, where it would collide
-        and is left out, would end."""
+        intersection on; it faces as the traffic on that side does. heading: of the street, index into AXES. Returns
+        where it ends or, where it would collide and is left out, would end."""
         width, length, _ = KINDS[kind].size
         spot = self._point_path(
             begin + length / 2, side * (HALF_ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi
@@ -344,7 +321,8 @@ class Scene:
         return begin + length
 
     def _add_construction_site(self, begin, side):
-        """A construction site on 11 m of the parking lane: an excavator between barriers, cones towards the traffic."""
+        """A construction site on 11 m of the parking lane: an excavator between barriers, cones towards the traffic.
+        begin, side: as for `_park_at_curb`."""
         rotation = 0.0 if side < 0 else np.pi
         for ahead in (0.4, 10.8):
             self._add("barrier", self._point_path(begin + ahead, side * (HALF_ROAD - 1.4), rotation=rotation))
@@ -373,7 +351,8 @@ class Scene:
             self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), start=12, speed=(0.7, 1.5))
 
     def _add_traffic(self):
-        """Add traffic: ahead of and behind the ego vehicle, a cyclist, and others from all directions."""
+        """Add traffic: a car ahead of the ego vehicle, a motorcyclist behind it, a cyclist, and others from all
+        directions."""
         rng, ego = self.rng, self.ego
         self._add("car", ego.path, ego.start + rng.uniform(13, 18), ego.speed)
         self._add("motorcyclist", ego.path, ego.start - rng.uniform(8, 11), ego.speed)
@@ -395,8 +374,9 @@ class Scene:
                 break
 
     def _lane_path(self, heading, turns, left=-DRIVING_LINE):
-        """Path along a lane, `left` meters to the left of the street's center line, from one street before the
-        intersection. Turns begin and end 9.5 m from the centers of intersections. heading: index into AXES."""
+        """Path along a lane, `left` meters to the left of the street's center line, that begins PITCH meters before the
+        scene's intersection and makes one of `turns` at each intersection, 9.5 m before to 9.5 m after its center.
+        heading: at the beginning, index into AXES."""
         node, k, points = self.node.astype(float), heading, []  # k: heading on arrival at `node`
         points.append((node - PITCH * AXES[k] + left * AXES[(k + 1) % 4])[None])
         for turn in turns:

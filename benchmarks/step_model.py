@@ -202,7 +202,7 @@ def print_measured(name, times: Times):
 def main(args: Args):
     check_ranges(args, ("batch_size", "cameras", "samples"))
     check_ranges(args.machine, tuple(vars(args.machine)))
-    check_ranges(SimpleNamespace(gpus=min(args.gpus)), ("gpus",))
+    check_ranges(SimpleNamespace(gpus=min(args.gpus, default=None)), ("gpus",))
     name, recipe = find(args)
     of_gpu = with_batch(recipe, args.batch_size)
     counts, load = count(of_gpu, args.cameras), args.batch_size * load_ms(recipe, args.cameras, args.machine)

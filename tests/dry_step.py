@@ -22,8 +22,7 @@ from multiprocessing import get_context
 import torch
 from torch.utils._pytree import tree_iter
 
-from tests.dry_run import CUDA, DryRun, Generator, backward, to_gpu
-from unipad.batch import Batch
+from benchmarks.dry_run import CUDA, DryRun, Generator, backward, make_batch, to_gpu
 from unipad.config import DetectRecipe, PretrainRecipe, UnetConfig
 from unipad.kernels.composite import _composite_fwd_kernel, composite
 from unipad.model.detect import Detector
@@ -115,37 +114,6 @@ def _shallow(recipe):
     if isinstance(recipe, DetectRecipe):
         recipe = replace(recipe, detect=replace(recipe.detect, layers=2))
     return recipe
-
-
-def make_batch(recipe, scene):
-    """A batch of the recipe's size on the GPU, before `Batch.to` divides its images, with about as many points and
-    boxes as in nuScenes.
-
-    The numbers of points and boxes differ between samples and between scenes.
-    """
-    B, data = recipe.optim.batch_size, recipe.data
-    H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))  # padded as by `collate`
-    views = 6 * data.camera_sweeps if data.cameras else 0
-    points = [25_000 * data.sweeps + 137 * b + 23 * scene for b in range(B)]
-    boxes = [30 + 3 * b + scene for b in range(B)]
-
-    def on_gpu(*shape, dtype=torch.float32):
-        return torch.zeros(shape, dtype=dtype, device=CUDA)
-
-    return Batch(
-        images=on_gpu(B, views, H, W, 3 if recipe.reads_pixels else 0, dtype=torch.uint8).permute(0, 1, 4, 2, 3),
-        image_sizes=on_gpu(B, views, 2, dtype=torch.int64),
-        lidar2image=on_gpu(B, views, 4, 4),
-        lidar2camera=on_gpu(B, views, 4, 4),
-        points=on_gpu(sum(points), 5),
-        point_counts=torch.tensor(points),
-        boxes=on_gpu(sum(boxes), 9),
-        labels=on_gpu(sum(boxes), dtype=torch.int64),
-        box_counts=torch.tensor(boxes),
-        point_labels=on_gpu(sum(points), dtype=torch.uint8),
-        tokens=("",) * B,
-        frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
-    )
 
 
 def answers(recipe, scene):

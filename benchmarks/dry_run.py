@@ -1,5 +1,7 @@
 """Dry run of a training step on a simulated GPU: shapes, types, devices and launches are real, values are not.
 
+tests/dry_step.py finds faults with it, benchmarks/step_counts.py counts work.
+
 In `DryRun`, CUDA tensors are fake (torch's FakeTensorMode) and CPU tensors are computed as usual. So a step runs the
 same code as on a GPU, and
 
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from triton.backends.compiler import GPUTarget
 
+from unipad.batch import Batch
 from unipad.kernels import backend
 
 aten = torch.ops.aten
@@ -91,7 +94,7 @@ class DryRun(contextlib.ExitStack):
 
     def _launch(self, kernel, *args, grid, warmup, **kwargs):
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        on_cpu = [name for name, value in given.items() for t in _tensors(value) if not t.is_cuda]
+        on_cpu = [name for name, value in given.items() for t in tensors_in(value) if not t.is_cuda]
         if on_cpu:
             raise DeviceMismatch(f"{kernel.__name__} is launched with CPU tensors: {on_cpu}")
         assert all(isinstance(n, int) and n > 0 for n in grid), f"{kernel.__name__} is launched with grid {grid}"
@@ -112,12 +115,12 @@ class _FakeDevice(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # `tensor.device`
             return args[0].fake_device
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         from_gpu, to = any(t.is_cuda for t in tensors), kwargs.get("device")
         if not from_gpu and (to is None or torch.device(to).type != "cuda"):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if _launches(func):
+        if launches_kernel(func):
             self.dry.operators[func.overloadpacket.__name__] += 1
         if func in (aten._to_copy.default, aten.copy_.default):
             copied = self._copy(func, args, kwargs, to)
@@ -171,7 +174,7 @@ class _FakeDevice(TorchDispatchMode):
             (mask,) = (i for i in args[1] if i is not None)
             at = args[1].index(mask)
             return args[0].new_empty(*args[0].shape[:at], number, *args[0].shape[at + mask.dim() :])
-        raise NotImplementedError(f"{func} in a backend.host_wait: implement its result in tests/dry_run.py")
+        raise NotImplementedError(f"{func} in a backend.host_wait: implement its result in benchmarks/dry_run.py")
 
 
 _SIZED_BY_DATA = {
@@ -188,13 +191,13 @@ _SIZED_BY_DATA = {
 _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
-def _launches(func):
+def launches_kernel(func):
     """Whether an operator launches a kernel: it does more than allocate or make a view."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return func.namespace == "aten" and not is_view and func.overloadpacket.__name__ not in _ALLOCATE
 
 
-def _tensors(tree):
+def tensors_in(tree):
     return [a for a in tree_iter(tree) if isinstance(a, torch.Tensor)]
 
 
@@ -241,19 +244,54 @@ def _like(t):
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA)
 
 
+def make_batch(recipe, scene=0, cameras=6):
+    """A batch of the recipe's size on the GPU, before `Batch.to` divides its images, with about as many points and
+    boxes as in nuScenes.
+
+    The numbers of points and boxes differ between samples and between scenes. cameras: of the rig.
+    """
+    B, data = recipe.optim.batch_size, recipe.data
+    H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))  # padded as by `collate`
+    views = cameras * data.camera_sweeps if data.cameras else 0
+    points = [25_000 * data.sweeps + 137 * b + 23 * scene for b in range(B)]
+    boxes = [30 + 3 * b + scene for b in range(B)]
+
+    def on_gpu(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device=CUDA)
+
+    return Batch(
+        images=on_gpu(B, views, H, W, 3 if recipe.reads_pixels else 0, dtype=torch.uint8).permute(0, 1, 4, 2, 3),
+        image_sizes=on_gpu(B, views, 2, dtype=torch.int64),
+        lidar2image=on_gpu(B, views, 4, 4),
+        lidar2camera=on_gpu(B, views, 4, 4),
+        points=on_gpu(sum(points), 5),
+        point_counts=torch.tensor(points),
+        boxes=on_gpu(sum(boxes), 9),
+        labels=on_gpu(sum(boxes), dtype=torch.int64),
+        box_counts=torch.tensor(boxes),
+        point_labels=on_gpu(sum(points), dtype=torch.uint8),
+        tokens=("",) * B,
+        frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
+    )
+
+
 def gpu(name):
     """Triton's target for a name such as sm_90 or gfx942."""
     return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
 
 
-def backward(loss):
-    """`loss.backward()` without PyTorch's engine, which needs CUDA streams: calls the nodes of the graph one by one."""
+def backward(loss, entering=lambda node: None):
+    """`loss.backward()` without PyTorch's engine, which needs CUDA streams: calls the nodes of the graph one by one.
+
+    entering: called with each node before it runs.
+    """
     grads = {loss.grad_fn: [torch.ones_like(loss)]}
     with torch.no_grad():
         for node in _topological_order(loss.grad_fn):
             d_outs = grads.pop(node, None)
             if d_outs is None:
                 continue
+            entering(node)
             edges = node.next_functions
             for (next_node, i), grad in zip(edges, _call_node(node, d_outs), strict=True):
                 if next_node is None or grad is None:

@@ -31,7 +31,7 @@ from benchmarks.dry_run import CUDA, DryRun, Generator, backward, launches_kerne
 from benchmarks.lidar_scene import scene
 from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, UnetConfig
 from unipad.kernels.sparse_tiles import NeighborTable
-from unipad.kernels.voxelize import grid_sample, voxelize
+from unipad.kernels.voxelize import grid_subsample, voxelize
 from unipad.model.detect import Detector
 from unipad.model.lidar import LidarEncoder
 from unipad.model.pretrain import Pretrain
@@ -338,7 +338,7 @@ def voxel_counts(recipe):
     with torch.device("meta"):
         encoder = (UnetEncoder if unet else LidarEncoder)(cfg, recipe.grid)
     if unet:
-        _, coords, _, extent = grid_sample(points, number, cfg.cell)
+        _, coords, _, extent = grid_subsample(points, number, cfg.cell)
     else:
         settings = cfg.cell, encoder.voxel_counts, cfg.max_points, cfg.max_voxels[0]
         (_, coords), extent = voxelize(points, number, recipe.grid.low, *settings), ([0] * 3, [0] * 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_rays import generators, make_batch
+from tests.test_rays import make_batch, seeded_generators
 from unipad import config
 from unipad.model.camera import CameraEncoder
 from unipad.model.pretrain import Pretrain
@@ -48,7 +48,7 @@ def test_convolutions_and_layer_norms_are_channels_last(camera, precision):
     net = Pretrain(config.PretrainRecipe(grid=GRID, camera=camera, rays=config.RayChoice(per_view=4)))
     batch = make_batch([[]], size=(64, 96), unpadded=(60, 90))  # one sample without points
     with LayoutRecorder() as recorder, torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        volume, _ = net.encode(batch, generators(0))
+        volume, _ = net.encode(batch, seeded_generators(0))
         volume.square().sum().backward()
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
     assert recorder.calls > 60  # layer norms forward, convolutions forward and backward

@@ -12,7 +12,7 @@ import finetune
 import train
 from tests import scripts
 from tests.test_finetune import SMALL as FINETUNE_FLAGS
-from tests.test_rays import generators
+from tests.test_rays import seeded_generators
 from tests.test_train import SMALL as TRAIN_FLAGS
 from tests.test_train import curve
 from unipad.config import Augment, Data, Paste
@@ -143,11 +143,11 @@ def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
     rng = np.random.default_rng(0)
     batch = collate([dataset.with_objects(objects).read(i, rng) for i in range(2)]).to("cpu")
     net = Pretrain(recipe)
-    losses, _ = net(batch, generators(0, 1))
+    losses, _ = net(batch, seeded_generators(0, 1))
     sum(losses.values()).backward()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
-    picture = rendered_views(net, batch, generators(0, 1), stride=16)
+    picture = rendered_views(net, batch, seeded_generators(0, 1), stride=16)
     assert picture.shape[1] > 5 * 240  # five cameras, each 240 pixels wide
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests import golden
-from tests.test_rays import generators, make_batch
+from tests.test_rays import make_batch, seeded_generators
 from unipad import config
 from unipad.errors import UserError
 from unipad.model.encoder import Encoder
@@ -51,15 +51,15 @@ def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():
     camera = replace(camera, depth_bins=20, frozen_stages=0)
     encoder = Encoder(config.Recipe(grid=GRID, camera=camera))
     batch = make_batch([[], []], size=(64, 96), unpadded=(60, 90))  # two samples of two views, without points
-    encoded = encoder.encode(batch, generators(0, 1))
+    encoded = encoder.encode(batch, seeded_generators(0, 1))
     assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.volume.any()  # [B, C, Z, Y, X]
     assert [tuple(d.shape) for d in encoded.depths] == [(2, 2, 2, 3, 20)]  # one level, of stride 32: [B, N, h, w, D]
     assert encoded.masks["camera"].shape == (2, 2, 2, 3)
     (encoded.volume.square().sum() + encoded.depths[0].square().sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
-    volume, masks = encoder.eval()(batch, generators(0, 1))
-    again, _ = encoder(batch, generators(0, 1))
+    volume, masks = encoder.eval()(batch, seeded_generators(0, 1))
+    again, _ = encoder(batch, seeded_generators(0, 1))
     assert torch.equal(volume, again) and masks.keys() == {"camera"}
 
 

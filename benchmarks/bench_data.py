@@ -61,9 +61,8 @@ def loaded(dataset, i):
 
 
 def measure(dataset, repeats):
-    """The same two numbers, the mean over the last frames of at most 16 scenes: a scene's first frame has no sweeps.
-
-    Of the times, that of the fastest of `repeats` passes.
+    """(milliseconds, bytes) as of `loaded`, the mean over the last frames of at most 16 scenes: a scene's first frame
+    has no sweeps. The milliseconds are those of the fastest of `repeats` passes over these frames.
     """
     frames = [indices[-1] for indices in dataset.scenes().values()][:16]
     loaded(dataset, frames[0])  # imports, caches

@@ -6,8 +6,8 @@ project's kernels becomes a `Work`; an operator of the backward belongs to the p
 
     FLOPs   of matrix products and convolutions, two per multiplication, as torch.utils.flop_counter counts them; of our
             kernels those that their references would do: no padding, nothing recomputed
-    bytes   each tensor that is read or written, once; of tables that are indexed, only the rows that are read. What
-            caches or fused kernels save and what gathers read twice is not in it
+    bytes   each tensor that is read or written, once per operator; of tables that are indexed, only the rows that are
+            read. Nothing is subtracted for what caches or fused kernels save, or added for rows that are read twice
 
 Sizes that depend on the data (voxels, and their neighbors) are those of `benchmarks.lidar_scene`, a scene with the
 statistics of nuScenes.
@@ -42,7 +42,7 @@ from unipad.optimizer import make_optimizer
 aten = torch.ops.aten
 MODELS = {PretrainRecipe: Pretrain, DetectRecipe: Detector, SegmentRecipe: Segmenter}
 
-# Part -> functions whose work it is, unless they call a function of another part
+# Part -> functions of unipad.model whose work it is, but for what they call of another part
 PARTS = {
     "image encoder": ("encoder.Encoder._encode_images", "camera.CameraEncoder.forward"),
     "LiDAR encoder": (
@@ -57,14 +57,14 @@ PARTS = {
         "lidar.Second.forward",
         "lidar.SecondFPN.forward",
     ),
-    "view transform": (  # and all that is computed on the volume before it is rendered or searched
+    "view transform": (  # and all that is computed on the volume before the renderer or the head reads it
         "encoder.Encoder.encode",
         "volume.GatherLift.forward",
         "volume.VoxelPoolLift.forward",
         "volume.FrameFusion.forward",
         "volume.ConvNormReLU3d.forward",
     ),
-    "sampler": ("pretrain.Pretrain.forward",),  # the choice of rays; samples along rays are added in `count`
+    "sampler": ("pretrain.Pretrain.forward",),  # the choice of rays; `count` adds the renderer's sampler
     "render": ("render.Renderer.forward",),
     "head": ("detect.Detector.forward", "segment.Segmenter.forward"),
     "losses": (
@@ -87,21 +87,22 @@ class Work(NamedTuple):
     name: str
     python: bool  # Python called it; else PyTorch's C++ did: a cast by autocast, or the backward of an operator
     flops: int
-    unit: str  # of the GPU, which multiplies: half (fp16 or bf16), tf32 or fp32
+    unit: str  # what multiplies on the GPU: half (tensor cores in fp16 or bf16), tf32 (these too) or fp32
     bytes: int
 
 
 class Meter(DryRun):
     """A `DryRun` that records in `work` what runs while `part` is set.
 
-    pairs: (offsets K, input rows N, output rows M) -> pairs of an output row and a neighbor, of the sparse tables.
+    pairs: (offsets K, input rows N, output rows M) of a neighbor table -> number of its entries that are not -1: the
+        pairs of an output row and a neighbor.
     """
 
     def __init__(self, answers, pairs):
         super().__init__(answers)
         self.pairs, self.work, self.part = pairs, [], None
-        self.node = None  # of the backward, which runs
-        self._marks = []  # (number of the next node of the autograd graph, part that makes it)
+        self.node = None  # the node of the autograd graph whose backward runs now
+        self._marks = []  # (number of the next node that the forward makes, part that it belongs to), ascending
 
     def __enter__(self):
         super().__enter__()
@@ -114,6 +115,7 @@ class Meter(DryRun):
 
     @contextmanager
     def inside(self, part):
+        """Context whose work belongs to `part`."""
         before, self.part = self.part, part
         self._marks.append((torch.autograd._get_sequence_nr(), part))
         try:
@@ -135,7 +137,7 @@ class Meter(DryRun):
     def enter_node(self, node):
         """Before a node of the backward: set `part` to the one whose forward made the node."""
         self.node = node
-        if node.name().endswith("AccumulateGrad"):  # copies here, but PyTorch's engine keeps the gradient as it is
+        if node.name().endswith("AccumulateGrad"):  # copies in `dry_run.backward`; PyTorch's engine does not
             self.part = None
         else:
             self.part = self._marks[bisect_right(self._marks, node._sequence_nr(), key=itemgetter(0)) - 1][1]
@@ -178,7 +180,6 @@ def operator_flops(func, args, kwargs, out):
     if packet not in flop_registry:
         return 0, "fp32"
     tensors = [t for t in tensors_in(args) if t.is_floating_point()]
-    depthwise = False
     if packet is aten.convolution_backward:
         # flop_counter takes the weights' gradient of grouped convolutions for that of full ones
         d_out, x, weight, _, *geometry, _, groups, mask = args
@@ -199,7 +200,7 @@ def operator_bytes(name, args, kwargs, out):
     inputs, outputs = [size_of(t) for t in tensors_in((args, kwargs))], sum(map(size_of, tensors_in(out)))
     if name in GATHERS:
         inputs[0] = min(inputs[0], outputs)
-    if name in SCATTERS:
+    if name in SCATTERS:  # the rows that are read and written are taken to be as large as values and indices together
         inputs[0] = outputs = min(inputs[0], sum(inputs[1:]))
     return sum(inputs) + outputs
 
@@ -257,8 +258,8 @@ def field_products(C, H, sdf_layers, rgb_layers):
 
 class Counts(NamedTuple):
     work: list[Work]
-    batch_bytes: int  # copied to the GPU
-    gradient_bytes: int  # summed over GPUs
+    batch_bytes: int  # of the batch, which is copied to the GPU
+    gradient_bytes: int  # of the gradients, which several GPUs sum
 
 
 def count(recipe, cameras=6, voxels=1.0):
@@ -266,7 +267,7 @@ def count(recipe, cameras=6, voxels=1.0):
 
     recipe:  its `batch_size` is that of the GPU.
     cameras: of the rig.
-    voxels:  factor of the numbers of voxels.
+    voxels:  factor on the numbers of voxels and of their neighbors.
     """
     with torch.device("meta"):
         net = MODELS[type(recipe)](recipe)
@@ -312,7 +313,7 @@ def host_reads(recipe, factor=1.0):
         "number and extent of occupied cells": [scaled(occupied), *extent],
         "indices of the visible voxels": scaled(visible),
         "indices of the labeled points": scaled(occupied),
-        # of keys, of which the last is no voxel's
+        # 1: this wait is for keys, and there is one after those of the voxels, NO_KEY
         "number of a convolution's output voxels": [scaled(n) + 1 for n in outputs],
     }
     return reads, {(K, scaled(N), scaled(M)): scaled(n) for (K, N, M), n in pairs.items()}
@@ -324,8 +325,9 @@ class _Counted(Exception):
 
 @lru_cache
 def voxel_counts(recipe):
-    """Of one scene: occupied voxels; lowest and highest (z, y, x) of them; visible voxels; output voxels of the strided
-    convolutions in their order; and pairs of each table as in `Meter`.
+    """Of one scene: number of occupied voxels; their lowest and highest (z, y, x), six numbers (0 if not a U-Net, which
+    alone reads them); number of visible voxels; numbers of output voxels of the strided convolutions in their order;
+    and `pairs` as in `Meter`.
 
     Builds the encoder's tables on the CPU; its convolutions compute nothing.
     """
@@ -340,7 +342,7 @@ def voxel_counts(recipe):
     if unet:
         _, coords, _, extent = grid_subsample(points, number, cfg.cell)
     else:
-        settings = cfg.cell, encoder.voxel_counts, cfg.max_points, cfg.max_voxels[0]
+        settings = cfg.cell, encoder.voxel_counts, cfg.max_points, cfg.max_voxels[0]  # 0: in training
         (_, coords), extent = voxelize(points, number, recipe.grid.low, *settings), ([0] * 3, [0] * 3)
 
     def sparse_conv(features, weight, table, inverse, allow_tf32=False):

@@ -17,6 +17,9 @@ and nothing is fitted to measured steps. Times are bounds:
 They run side by side, so a step takes at least the longest of GPU, host, load and copy. Real kernels take longer: they
 reach neither peak, and read more than once what caches do not hold (--efficiency). docs/kernels.md compares the model
 with measured steps. Not in it: validation, checkpoints, compiling in the first steps, the collectives of batch norms.
+
+In the first table, launches are operators of PyTorch and kernels of this project ("of ours": only these), and row
+"data" has the copy under "GPU ms" and loading under "host ms".
 """
 
 from collections.abc import Callable
@@ -51,10 +54,11 @@ class Machine:
     host_us: float = 123.0  # us of the host per operator or kernel that Python calls
     pcie_gb_s: float = 64.0  # GB/s from the host to the GPU; PCIe 5.0 x16
     nvlink_gb_s: float = 450.0  # GB/s from one GPU to the others; data sheet
-    # CPU time of `dataset[i]` and `collate` at 900 x 1600 on one core of a shared server (docs/log.md)
-    image_ms: float = 24.0  # ms to read an image
-    sweep_ms: float = 5.5  # ms to read a LiDAR sweep
-    workers: int = 4  # data loading processes per GPU, as in train.py
+    # CPU time at 900 x 1600 with augmentation (docs/data.md, by benchmarks.bench_data): lidar-0.075 loads ten sweeps in
+    # 103 ms, camera-0.1 six images and a sweep in 107 ms.
+    image_ms: float = 16.0  # ms to load an image
+    sweep_ms: float = 10.0  # ms to load a LiDAR sweep
+    workers: int = 4  # data loading processes per GPU, of which train.py starts up to 4
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,13 @@ class Times:
 
     @property
     def bound(self):
-        return max(("compute", "memory", "host"), key=lambda name: getattr(self, name))
+        if self.host > self.gpu:
+            return "host"
+        return "compute" if self.compute >= self.memory else "memory"
 
 
 def load_ms(recipe, cameras, machine):
-    """Milliseconds per sample of a GPU's data loading processes together."""
+    """Milliseconds in which a GPU's data loading processes together load one sample."""
     images = cameras * recipe.data.camera_sweeps if recipe.data.cameras and recipe.reads_pixels else 0
     return (images * machine.image_ms + recipe.data.sweeps * machine.sweep_ms) / machine.workers
 
@@ -155,7 +161,7 @@ def print_growth(recipe, counts: Counts, args: Args):
 
 
 def linear(value: Callable[[Counts], float], once: Counts, twice: Counts, samples: int):
-    """n -> value for n samples per GPU, a line through those for `samples` and for twice as many."""
+    """n -> value for n samples per GPU: a line through the values for `samples` and for twice as many."""
     slope = (value(twice) - value(once)) / samples
     return lambda n: value(once) + slope * (n - samples)
 
@@ -190,7 +196,7 @@ def print_runs(recipe, once: Counts, twice: Counts, args: Args):
 
 
 def print_measured(name, times: Times):
-    """Print the newest measured step of the recipe (benchmarks.full_step, its batch on the GPU) beside the model's."""
+    """Print the recipe's newest step measured by `benchmarks.full_step`, without load and copy, beside the model's."""
     rows = [r for r in read_rows(harness.RESULTS) if r["op"] == f"step of {name}" and r["impl"] == "triton"]
     for key, title, model in (("gpu_ms", "GPU", times.gpu), ("both_ms", "step", max(times.gpu, times.host))):
         measured = [r for r in rows if r[key]]

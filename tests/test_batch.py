@@ -130,7 +130,7 @@ def test_each_worker_loads_at_most_two_batches_ahead():
     begun = []
     keys = (begun.append(i) or i for i in range(50))
     loaded = load_items(range(50), keys, workers=2)
-    assert next(loaded) == 0 and len(begun) <= 1 + 2 * 2
+    assert next(loaded) == 0 and len(begun) <= 1 + 2 * 2  # the batch in use, and two of each worker
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -76,12 +76,11 @@ def test_a_batch_that_was_not_moved_is_refused(modality, city):
 
 
 def test_without_pixels_everything_else_is_the_same(city):
-    """Rays, losses and gradients too, and the random numbers of the augmentation: photometric ones come first."""
+    """Rays, losses and gradients too, and what augmentation draws after the photometric distortion's random numbers."""
     read = [[d.read(i, np.random.default_rng(i)) for i in (0, 1)] for d in train_sets(city)]
     for a, b in zip(*read, strict=True):
-        assert (
-            [image.shape for image in a.images] == [(*image.shape[:2], 0) for image in b.images] == [(128, 224, 0)] * 6
-        )
+        assert [image.shape for image in a.images] == [(128, 224, 0)] * 6
+        assert [image.shape for image in b.images] == [(128, 224, 3)] * 6
         for name, value in vars(a).items():
             if name != "images":
                 np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
@@ -103,7 +102,7 @@ def test_without_pixels_everything_else_is_the_same(city):
 
 
 def test_an_image_that_is_not_read_may_be_damaged(copy):
-    """It has the size in the tables. A file that is missing from the start leaves its frame out, as with pixels."""
+    """It has the size in the tables. A dataset opened after a file is missing leaves its frame out, as with pixels."""
     without, with_pixels = train_sets(copy)
     missing, damaged = (copy / with_pixels.index.image_files[frame, 2].decode() for frame in (0, 1))
     missing.unlink()
@@ -188,13 +187,27 @@ def test_hidden_pixels_equal_their_formula():
         found = augment_sample(sample_of(images), np.random.default_rng(seed), Augment(grid_mask=1.0)).images
         rng = np.random.default_rng(seed)
         rng.uniform(size=2), rng.random()  # rotation and scale; whether to mask
-        period = rng.integers(2, 64)
+        period = rng.integers(2, 64)  # both heights are padded to 64
         top, left = rng.integers(period, size=2)
-        for image, masked in zip(images, found, strict=True):
-            visible = grid_mask(64, 64 if image.shape[1] == 57 else 96, period, top, left)[
-                : len(image), : image.shape[1]
-            ]
+        for image, masked, padded_width in zip(images, found, (64, 96), strict=True):
+            visible = grid_mask(64, padded_width, period, top, left)[: len(image), : image.shape[1]]
             np.testing.assert_array_equal(masked, np.where(visible[..., None], image, HIDDEN_COLOR))
+
+
+def test_images_may_have_any_layout_in_memory():
+    """A dataset's `load` may return views: color planes, BGR reversed, read-only."""
+    image = noise(np.random.default_rng(0), 40, 57)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)
+    reversed_colors = np.ascontiguousarray(image[..., ::-1])[..., ::-1]
+    read_only = image.copy()
+    read_only.setflags(write=False)
+    images = [image, planes, reversed_colors, read_only]
+    for seed in range(20):
+        colors = [photometric_distortion(sample_of([i]), np.random.default_rng(seed)).images[0] for i in images]
+        masked = [augment_sample(sample_of([i]), np.random.default_rng(seed), Augment(grid_mask=1.0)) for i in images]
+        for color, sample in zip(colors, masked, strict=True):
+            np.testing.assert_array_equal(color, colors[0])
+            np.testing.assert_array_equal(sample.images[0], masked[0].images[0])
 
 
 @pytest.mark.parametrize(
@@ -209,6 +222,7 @@ def test_hidden_pixels_equal_their_formula():
     ],
 )
 def test_the_default_of_workers_leaves_every_process_a_core(monkeypatch, device, cores, processes, expected):
+    """If there are enough: each has at least one worker."""
     monkeypatch.setattr(runtime, "_usable_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     world = World(0, processes, torch.device(device))

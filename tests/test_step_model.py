@@ -1,4 +1,4 @@
-"""`python -m benchmarks.step_model`: its counts against PyTorch's own on a CPU, and its page."""
+"""`python -m benchmarks.step_model`: its FLOPs against PyTorch's own on a CPU, and what it prints."""
 
 import json
 from collections import Counter
@@ -56,7 +56,7 @@ def flops_on_cpu(recipe):
 
 
 def print_counts(recipe):
-    """Print as JSON: FLOPs on a CPU, in the model, and by its parts; and entries of the model that make no sense."""
+    """Print as JSON: FLOPs on a CPU, in the model, and by the model's parts; and invalid entries of the model."""
     recipe = replace(recipe, optim=replace(recipe.optim, batch_size=1))
     counts, by_part = step_counts.count(recipe), Counter()
     for w in counts.work:
@@ -67,7 +67,8 @@ def print_counts(recipe):
 
 
 def counts_of(preset):
-    """What `print_counts` prints of a recipe; in a process without Triton's interpreter, which a `DryRun` needs."""
+    """What `print_counts` prints of a recipe, given as a Python expression; in a process of its own, since a `DryRun`
+    does not work with Triton's interpreter, in which tests run without a GPU."""
     code = f"from tests.test_step_model import *; from unipad.recipes import SEGMENT; print_counts({preset})"
     done = scripts.run("-c", code)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -79,7 +80,7 @@ def counts_of(preset):
 def test_flops_of_a_camera_step_are_those_of_pytorchs_counter():
     """The tiny recipe with one block per stage, on a simulated GPU and on a CPU."""
     step = counts_of("shallow(PRETRAIN['camera']['tiny'])")
-    # the kernels' backward of the renderer is counted as twice the forward, but some inputs have no gradient
+    # the renderer's backward is counted as twice its forward, but the points, an input, have no gradient
     assert step["model"] == pytest.approx(step["cpu"], rel=2e-3)
     of_camera = {"image encoder", "neck", "view transform", "sampler", "render", "losses", "optimizer"}
     assert step["parts"].keys() == of_camera
@@ -120,9 +121,10 @@ def test_products_of_a_sparse_convolution():
 
 @pytest.mark.parametrize("rgb_layers", [4, 0])
 def test_products_of_the_field(rgb_layers):
-    """Per sample: what FlopCounterMode counts more for another sample; products of weights only are the same."""
+    """Per sample: FlopCounterMode's count for 8 samples minus that for 7, without the products of weights alone."""
     C, H, layers, flops = 8, 16, 5, {}
-    mlps = Decoder(C, 1 + H, H, layers).tensors(), Decoder(6 + C + H, 3, H, 4).tensors() if rgb_layers else None
+    rgb_mlp = Decoder(6 + C + H, 3, H, rgb_layers).tensors() if rgb_layers else None
+    mlps = Decoder(C, 1 + H, H, layers).tensors(), rgb_mlp
     for S in (7, 8):
         feature, slope = torch.randn(1, S, C), torch.randn(1, S, 3, C)
         points, direction = torch.randn(1, S, 3), torch.randn(1, 3)
@@ -162,8 +164,16 @@ def test_operators_by_hand():
     with Recorder():
         table[rows]
         table.index_copy_(0, rows, torch.ones(2, 8))
-    assert work["index"] == (0, "fp32", 2 * 4 * 16 + 16)  # rows read and written, and the indices
-    assert work["index_copy_"][2] == 3 * 4 * 16 + 2 * 16 + 16  # rows read, twice, and written; indices
+    assert work["index"] == (0, "fp32", 2 * 4 * 16 + 16)  # two rows read, two written, and the indices
+    # values and indices; the rows read, and those written, are each taken to be as large as both together
+    assert work["index_copy_"][2] == 3 * (4 * 16 + 16)
+
+
+def test_the_bound_of_a_part():
+    """The host, if it takes longer than the GPU, which takes the longer of compute and memory operator by operator."""
+    assert step_model.Times(compute=5, memory=4, gpu=8, host=7).bound == "compute"
+    assert step_model.Times(compute=4, memory=5, gpu=8, host=7).bound == "memory"
+    assert step_model.Times(compute=5, memory=4, gpu=8, host=9).bound == "host"
 
 
 def test_runs_of_several_gpus(monkeypatch, capsys):

@@ -329,7 +329,7 @@ class PretrainRecipe(Recipe):
 
     @property
     def reads_pixels(self):
-        return self.camera is not None or self.render.rgb_weight > 0
+        return super().reads_pixels or self.render.rgb_weight > 0
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class World:
             _broadcast(None, self)
 
     def workers(self, asked: int | None) -> int:
-        """Data loading processes per process: what was asked for; else 1 on a CPU, and with a GPU 4, or as many as
-        leave every training process of this machine a core of its own, but at least 1."""
+        """Data loading processes per process: what was asked for; else 1 on a CPU, and with a GPU 4, or fewer (at least
+        1) if that leaves every training process of this machine a core of its own."""
         if asked is not None:
             return asked
         if self.device.type != "cuda":

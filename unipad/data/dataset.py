@@ -219,7 +219,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         return sample
 
     def without_pixels(self) -> "DrivingDataset":
-        """This dataset where no loss reads pixels: `load` opens no image, and gives only its size, which rays need."""
+        """This dataset for losses that read no pixels: `load` need not open images, only give their sizes, for rays."""
         dataset = copy.copy(self)
         dataset.pixels = False
         return dataset

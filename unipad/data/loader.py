@@ -102,7 +102,7 @@ def _check_batch_size(dataset, size, workers):
     if sample is not None:
         image_bytes = sum(image.nbytes for image in sample.images)
         waiting = (image_bytes + sample.points.nbytes) * (1 + PREFETCH * workers)
-        # 4: the images of the batch in use are fp32, on a CPU in the same memory
+        # 4 bytes: the images of the batch in use are fp32, on a CPU in the same memory
         check_memory(size * (waiting + 4 * image_bytes), f"loading with --batch-size, {size} samples per process,")
 
 

@@ -93,7 +93,7 @@ def _distort(image, rng):
     order = rng.permutation(3) if _coin(rng) else None  # of the channels
     if not image.size:
         return image
-    pixels = image.astype(np.float32)
+    pixels = image.astype(np.float32, order="C")  # OpenCV writes to it below
     pixels += brightness
     if contrast_first:
         pixels *= contrast
@@ -101,7 +101,7 @@ def _distort(image, rng):
         hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # H in degrees, S in [0, 1], V in 0-255
         if hue != 0:
             turned = hsv[..., 0] + hue
-            turned[turned < 0] += 360  # the remainder by 360, faster than by %
+            turned[turned < 0] += 360  # as `turned % 360`, but faster: |hue| is below 360
             turned[turned >= 360] -= 360
             hsv[..., 0] = turned
         hsv[..., 1] *= saturation
@@ -126,7 +126,7 @@ def _masked_by_grid(images, rng):
 
 def _masked(image, visible):
     """The image, [h, w, 3] uint8, with `HIDDEN_COLOR` where `visible`, [h, w] bool, is False."""
-    masked = np.empty_like(image)
+    masked = np.empty(image.shape, np.uint8)  # contiguous, whatever the image's layout
     masked.reshape(len(image), -1)[:] = np.tile(HIDDEN_COLOR, image.shape[1])  # whole rows, faster than pixels
     return cv2.copyTo(image, visible.astype(np.uint8), masked)
 

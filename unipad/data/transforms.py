@@ -101,8 +101,9 @@ def _distort(image, rng):
         hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # H in degrees, S in [0, 1], V in 0-255
         if hue != 0:
             turned = hsv[..., 0] + hue
-            turned[turned < 0] += 360  # as `turned % 360`, but faster: |hue| is below 360
+            # the bits of `turned % 360`, but faster; in this order, since -1e-6 + 360 is 360 in fp32, there as well
             turned[turned >= 360] -= 360
+            turned[turned < 0] += 360
             hsv[..., 0] = turned
         hsv[..., 1] *= saturation
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, pixels)

@@ -26,7 +26,9 @@ import tyro
 from benchmarks.full_step import TASKS
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.synthetic import generate
+from unipad.data.synthetic import generate, is_synthetic
+from unipad.errors import UserError
+from unipad.exit import exit_on_user_error
 from unipad.model.segment import Segmenter
 
 CITY = Path("data/bench-data")
@@ -72,18 +74,19 @@ def measure(dataset, repeats):
 
 
 def main(args: Args):
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    if args.data_root is None and not CITY.exists():
-        generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), columns=COLUMNS, camera_sweeps=2)
-    root = args.data_root or CITY
     known = {
         f"{task}/{modality}/{name}": (recipe, model)
         for task, (by_modality, model) in TASKS.items()
         for modality, presets in by_modality.items()
         for name, recipe in presets.items()
     }
+    unknown = [name for name in args.recipes if name not in known]
+    if unknown:
+        raise UserError(f"No recipe {unknown[0]}; choose from {', '.join(known)}.")
     names = args.recipes or [name for name in known if not name.endswith("tiny")]
+    if args.data_root is None and not is_synthetic(CITY):
+        generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), columns=COLUMNS, camera_sweeps=2)
+    root = args.data_root or CITY
     print(f"| recipe | CPU ms | samples / s / core | MB to the device | workers for {args.step_ms:g} ms |")
     print("|---|---|---|---|---|")
     for name in names:
@@ -93,4 +96,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    with exit_on_user_error():
+        main(tyro.cli(Args, description=__doc__))

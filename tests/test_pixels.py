@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import bench_data
+from benchmarks.bench_data import Args
 from unipad import runtime
 from unipad.config import Augment, Data, Paste
 from unipad.data.cutpaste import load_objects
 from unipad.data.dataset import BadFrame, Sample, collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN_COLOR, augment_sample, grid_mask, photometric_distortion
+from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import World, generators
@@ -128,6 +131,18 @@ def test_which_recipes_read_pixels():
     for recipes in (PRETRAIN, DETECT):
         assert all(recipe.reads_pixels for name in ("camera", "fusion") for recipe in recipes[name].values())
     assert not any(recipe.reads_pixels for recipe in DETECT["lidar"].values())
+
+
+def test_bench_data_counts_the_bytes_of_a_sample(city, capsys):
+    """Of the tiny recipes, on the small city: six padded images of 3 bytes a pixel, or none; less than 1 MB else."""
+    bench_data.main(Args(("train/camera/tiny", "train/lidar/tiny"), repeats=1, data_root=city))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| train/camera/tiny", "| train/lidar/tiny"]
+    assert all(float(row[1]) > 0 for row in rows)
+    with_images, without = (float(row[3]) for row in rows)
+    assert with_images - without == pytest.approx(6 * 3 * 128 * 224 / 1e6, abs=0.1) and without < 1
+    with pytest.raises(UserError, match="train/lidar/small; choose from train/camera/tiny"):
+        bench_data.main(Args(("train/lidar/small",)))
 
 
 def test_objects_are_pasted_without_pictures_where_pixels_are_not_read(city):

@@ -69,7 +69,7 @@ from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.run_folder import lock_folder
-from unipad.runtime import generators, mixed_precision, on_main, start, to_main
+from unipad.runtime import gather_to_main, generators, mixed_precision, on_main, start
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def render(args, model, dataset, out, world):
             values = distances(model, volume, args.mesh_cell).cpu().numpy()
             write_ply(out / f"mesh_{number:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
         done.append(number)
-    done_by = to_main(done, world)  # in the main process: a list for each process
+    done_by = gather_to_main(done, world)  # in the main process: a list for each process
 
     def check_any_rendered():
         if not any(done_by):

@@ -45,7 +45,7 @@ from unipad.evaluate.detection import evaluate_detections
 from unipad.evaluate.segmentation import evaluate_segmentation
 from unipad.model.detect import Detector
 from unipad.model.segment import Segmenter
-from unipad.optimizer import lr_at, make_optimizer, set_rates
+from unipad.optimizer import lr_factor_at, make_optimizer, set_rates
 from unipad.progress import Progress, format_metrics
 from unipad.recipes import DEFAULT_PRESET, DETECT, SEGMENT
 from unipad.run_folder import RunFolder, find_run, lock_folder, resumed, run_config
@@ -232,7 +232,7 @@ def main(args: Args):
             if report_now or save_now:
                 values = progress.checked_means(values, scaler, done)
             if report_now:
-                progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps))
+                progress.report(done, values, lr=optim.lr * lr_factor_at(optim, step, steps))
             if save_now:
                 run.save(done, parts, metrics)
             if stop_now:

@@ -46,7 +46,7 @@ from unipad.errors import UserError, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import rays_per_sample
-from unipad.optimizer import lr_at, make_optimizer, set_rates
+from unipad.optimizer import lr_factor_at, make_optimizer, set_rates
 from unipad.progress import Progress, format_metrics
 from unipad.recipes import DEFAULT_PRESET, PRETRAIN
 from unipad.run_folder import RunFolder, find_run, resumed, run_config
@@ -189,7 +189,7 @@ def main(args: Args):
                 values = progress.checked_means(values, scaler, done)
             if report_now:
                 rays = rays_per_sample(batch.keyframe(), recipe.rays)
-                progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps), rays_per_sample=rays)
+                progress.report(done, values, lr=optim.lr * lr_factor_at(optim, step, steps), rays_per_sample=rays)
             if save_now:
                 run.save(done, parts, metrics)
             if stop_now:

@@ -1,9 +1,10 @@
-"""Host cost of the LiDAR recipe's sparse encoder: number of launches, and the time in Python between them.
+"""Host cost of the sparse encoder of lidar-0.075: number of launches, and the time in Python between them.
 
     python -m benchmarks.count_launches
 
-Needs no GPU. Launches are counted in Triton's interpreter on a small scene, since they do not depend on its size: those
-of the project's kernels, and PyTorch's operators (on a GPU one launch or more each) except views and allocations. Times
+Needs no GPU. Counted are launches of the project's kernels, and PyTorch's operators (on a GPU, one launch or more each)
+except views and allocations. Their number does not depend on the scene's size, so a small one is used, and Triton's
+interpreter. "neighbor tables" is the part that finds the neighbors of voxels, before the first convolution. Times
 are of the host code alone, or nearly: kernels are not run, and operators have almost no voxels to process.
 """
 
@@ -100,7 +101,7 @@ def main():
 
     def tables():
         state["voxels"] = voxels()
-        state["voxel sets"] = make_tables(encoder, state["voxels"])  # keeps the tables alive
+        state["voxel sets"] = make_tables(encoder, state["voxels"])  # held: tables are freed with their sets
 
     def forward():
         state["out"] = encoder(SparseTensor(features, state["voxels"])).dense()
@@ -117,14 +118,14 @@ def main():
             forward()
 
     print("| part | launches | of our kernels | most frequent |\n|---|---|---|---|")
-    for name, part in [("tables", tables), ("forward", forward), ("backward", backward)]:
+    for name, part in [("neighbor tables", tables), ("forward", forward), ("backward", backward)]:
         with counted() as counts:
             part()
         ours = sum(n for launch, n in counts.items() if launch.endswith("_kernel"))
         most = ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
         print(f"| {name} | {counts.total()} | {ours} | {most} |")
     encoder.eval()
-    infer()  # the norms cache their scale and shift
+    infer()  # our batch norms compute scale and shift in the first call in eval mode, and cache them
     with counted() as counts:
         infer()
     print(f"| forward, inference | {counts.total()} |")

@@ -1,4 +1,4 @@
-"""Dry run of a training step on a simulated GPU: shapes, types, devices and launches are real, values are not.
+"""Dry run of a training step as on a GPU: shapes, types, devices and launches are real, values are not.
 
 tests/dry_step.py finds faults with it, benchmarks/step_counts.py counts work.
 

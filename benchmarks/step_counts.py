@@ -1,4 +1,4 @@
-"""The work of one training step, counted on a simulated GPU: FLOPs, bytes and launches of every part of a recipe.
+"""The work of one training step, counted in a dry run: FLOPs, bytes and launches of every part of a recipe.
 
 `count` runs the step of train.py and finetune.py in a `DryRun`: in bf16, forward, backward, gradient clipping, AdamW.
 Nothing is computed, so it needs neither a GPU nor memory. Every operator of PyTorch and every launch of one of this

@@ -1,4 +1,4 @@
-"""Dry-run one training step of every recipe on a simulated GPU, and compile everything it launches for all targets.
+"""Dry-run one training step of every recipe as on a GPU, and compile everything it launches for all targets.
 
     python -m tests.dry_step            the main recipes, without compiling (tests/test_dry_step.py)
     python -m tests.dry_step --all      every recipe, and variants of some; compiles for every target

@@ -36,7 +36,7 @@ def rig(sample, count):
 @pytest.mark.parametrize("count", [1, 5, 6, 8])
 def test_pictures_and_reports_have_room_for_any_number_of_cameras(sample, count):
     picture = calibration_view(rig(sample, count), width=160)
-    # columns of images 160 pixels wide, to the right of the view from above, a square of at least 480 x 480 pixels
+    # columns of images 160 pixels wide, to the right of the bird's-eye view, a square of at least 480 x 480 pixels
     columns = min(count, 3 if count < 7 else 4)
     assert picture.dtype == np.uint8 and picture.shape[0] >= 480 and picture.shape[1] > columns * 160
     assert len(report(rig(sample, count)).splitlines()) == count + 2  # a header, the cameras, the number of boxes
@@ -61,7 +61,7 @@ def test_a_point_has_its_pixel_and_the_color_of_its_depth(sample):
     np.testing.assert_allclose(pixels[0], [50, 100])
     assert depths.tolist() == [12, 12]  # of the first and the last: `_visible` does not look at lags
     color = 255 * np.array(calibration.DEPTH_COLORS(12 / calibration.FAR)[:3])
-    image = calibration_view(one, width=160)[:, 480:620]  # between the view from above and the color bar
+    image = calibration_view(one, width=160)[:, 480:620]  # between the bird's-eye view and the color bar
     of_color = np.abs(image - color).max(axis=-1) < 20
     assert 0 < of_color.sum() < 100  # a small dot
     fields = report(one).splitlines()[1].split()  # name, size, position, direction, field of view, points
@@ -76,8 +76,9 @@ def test_the_command_writes_pictures_and_prints_a_report(city, tmp_path, capsys)
     printed = capsys.readouterr().out
     points = [line.split()[-1] for line in printed.splitlines() if "°" in line]  # in each camera of both frames
     assert len(points) == 2 * 6 and all(int(count) > 0 for count in points)
-    filled, boxes = next(line for line in printed.splitlines() if "boxes" in line).split()[:3:2]  # "3 of 7 boxes have"
-    assert 0 < int(filled) <= int(boxes)
+    words = next(line for line in printed.splitlines() if "boxes" in line).split()  # "3 of 7 boxes have"
+    with_points, boxes = words[0], words[2]
+    assert 0 < int(with_points) <= int(boxes)
 
 
 def test_zero_frames_are_refused(city, tmp_path):

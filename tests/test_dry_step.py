@@ -1,6 +1,6 @@
 """A training step waits for the device only in a `backend.host_wait`, and does not mix devices.
 
-These tests run the main recipes on a simulated GPU; `python -m tests.dry_step --all` runs all recipes and variants, and
+These tests dry-run the main recipes; `python -m tests.dry_step --all` runs all recipes and variants, and
 compiles what they launch for all targets.
 """
 

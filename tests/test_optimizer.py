@@ -7,7 +7,7 @@ import torch
 
 from unipad.config import Optim
 from unipad.model.pretrain import Pretrain
-from unipad.optimizer import lr_at, make_optimizer, momentum_at, set_rates
+from unipad.optimizer import lr_factor_at, make_optimizer, momentum_at, set_rates
 from unipad.recipes import PRETRAIN
 
 
@@ -16,11 +16,11 @@ def test_cosine_by_hand():
     The momentum is constant."""
     cfg = Optim(start=1 / 3, final=0.1, warmup_steps=10)
     cosine = {0: 1.0, 50: 0.55, 100: 0.1}  # step -> factor
-    assert lr_at(cfg, 0, 100) == pytest.approx(1 / 3)
-    assert lr_at(cfg, 50, 100) == pytest.approx(cosine[50])
-    assert lr_at(replace(cfg, warmup_steps=75), 50, 100) == pytest.approx(cosine[50] * (1 / 3 + 2 / 3 * 50 / 75))
+    assert lr_factor_at(cfg, 0, 100) == pytest.approx(1 / 3)
+    assert lr_factor_at(cfg, 50, 100) == pytest.approx(cosine[50])
+    assert lr_factor_at(replace(cfg, warmup_steps=75), 50, 100) == pytest.approx(cosine[50] * (1 / 3 + 2 / 3 * 50 / 75))
     for step, factor in cosine.items():
-        assert lr_at(replace(cfg, warmup_steps=0), step, 100) == pytest.approx(factor)
+        assert lr_factor_at(replace(cfg, warmup_steps=0), step, 100) == pytest.approx(factor)
         assert momentum_at(cfg, step, 100) == cfg.momentum
 
 
@@ -34,12 +34,14 @@ def test_one_cycle_by_hand():
         (70, 0.505, 0.9),
         (100, 0.01, 0.95),
     ):
-        assert lr_at(cfg, step, 100) == pytest.approx(lr) and momentum_at(cfg, step, 100) == pytest.approx(momentum)
+        assert lr_factor_at(cfg, step, 100) == pytest.approx(lr) and momentum_at(cfg, step, 100) == pytest.approx(
+            momentum
+        )
 
 
 def test_the_backbone_the_encoders_and_the_rest_have_separate_learning_rates():
     recipe = PRETRAIN["fusion"]["tiny"]
-    cfg = replace(recipe.optim, lr=1.0, backbone_lr=0.1, encoder_lr=0.5, start=1.0, warmup_steps=0)
+    cfg = replace(recipe.optim, lr=1.0, backbone_lr_factor=0.1, encoder_lr_factor=0.5, start=1.0, warmup_steps=0)
     with torch.device("meta"):
         net = Pretrain(replace(recipe, camera=replace(recipe.camera, frozen_stages=1)))
     optimizer = make_optimizer(net, cfg)

@@ -78,7 +78,7 @@ def counts_of(preset):
 
 
 def test_flops_of_a_camera_step_are_those_of_pytorchs_counter():
-    """The tiny recipe with one block per stage, on a simulated GPU and on a CPU."""
+    """The tiny recipe with one block per stage, in a dry run and on a CPU."""
     step = counts_of("shallow(PRETRAIN['camera']['tiny'])")
     # the renderer's backward is counted as twice its forward, but the points, an input, have no gradient
     assert step["model"] == pytest.approx(step["cpu"], rel=2e-3)

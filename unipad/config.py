@@ -288,8 +288,8 @@ class Optim:
 
     schedule: Literal["cosine", "one_cycle"] = "cosine"  # schedule of the learning rate
     lr: Annotated[float, arg(aliases=["--lr"])] = 2e-4  # peak learning rate, for `batch_size` samples per step
-    backbone_lr: float = 0.1  # factor of lr for the image backbone
-    encoder_lr: float = 1.0  # factor of lr for the rest of the encoders
+    backbone_lr_factor: float = 0.1  # learning rate of the image backbone, as a factor of lr
+    encoder_lr_factor: float = 1.0  # of the rest of the encoders, as a factor of lr
     weight_decay: float = 0.01  # decoupled weight decay
     clip: float = 35.0  # norm that gradients are clipped to
     start: float = 1 / 3  # factor of lr at step 0

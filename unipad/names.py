@@ -1,7 +1,7 @@
 """Names and layouts of weights in other projects and in ours.
 
-One table is for UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and is read in both directions;
-one is for ImageNet weights of ConvNeXt from four libraries, and is only read towards ours.
+One table is for checkpoints of the original UniPAD code, with sparse convolutions of spconv 1 or 2, and is read in both
+directions; one is for ImageNet weights of ConvNeXt from four libraries, and is only read towards ours.
 """
 
 import re
@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
-# UniPAD's heads without and with denoising keep their reference points under two keys, ours under one
+# The original's head without denoising and that with it have different keys for their reference points, ours the same
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
 DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
 THEIRS, OURS = 0, 1  # columns of the tables
@@ -24,10 +24,10 @@ UNIPAD = [
     ("depth_net.", "encoder.camera.depth_net."),
     ("pts_middle_encoder.mtoken", "encoder.lidar.mask_token"),
     ("pts_middle_encoder.", "encoder.lidar.encoder.", "sparse"),
-    ("pts_backbone.", "encoder.lidar.backbone.", "slices"),
-    # Convolution, norm and ReLU of all blocks (at most four) in one list there, a list of blocks here
+    ("pts_backbone.", "encoder.lidar.backbone.", "slices_2d"),
+    # There one list with three entries per block (convolution, norm, ReLU; at most four blocks), here a list of blocks
     *[(f"pts_neck.extra_blocks.{3 * i + j}.", f"encoder.lidar_convs.{i}.{j}.") for i in range(4) for j in range(2)],
-    ("pts_neck.", "encoder.lidar.neck.", "slices"),
+    ("pts_neck.", "encoder.lidar.neck.", "slices_2d"),
     ("pts_bbox_head.view_trans.time_conv.", "encoder.frame_fusion.time_conv."),
     ("pts_bbox_head.view_trans.trans_conv.", "encoder.frame_fusion.trans_conv."),
     ("pts_bbox_head.view_trans.conv_layer.", "encoder.lift_convs."),
@@ -85,10 +85,10 @@ IMAGENET = [
 
 
 def from_original(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights under the original's keys, in our names and layouts.
+    """Weights of the original, converted to our names and layouts.
 
-    state: of a whole model or a part of it; weights of sparse convolutions may be spconv 1's, (kz, ky, kx, Cin, Cout),
-        or spconv 2's, (Cout, kz, ky, kx, Cin).
+    state: of a whole model or a part of it, under the original's keys; weights of sparse convolutions may be
+        spconv 1's, (kz, ky, kx, Cin, Cout), or spconv 2's, (Cout, kz, ky, kx, Cin).
 
     Returns (tensors by name, keys without a name here).
     """
@@ -137,14 +137,15 @@ def _regex(prefix):
 def _sparse(weight, to_ours, spconv):
     """Sparse convolutions: here (Cout, kz, ky, kx, Cin).
 
-    spconv 1 has (kz, ky, kx, Cin, Cout), spconv 2 the same as here, except that it reads the memory of a 1 x 1 x 1
-    convolution as a matrix (Cin, Cout).
+    spconv 1 has (kz, ky, kx, Cin, Cout). spconv 2 has the same as here, except for 1 x 1 x 1: the shape says
+    (Cout, 1, 1, 1, Cin), but the memory is a matrix (Cin, Cout).
     """
     if weight.dim() != 5:
         return weight
     if not to_ours and spconv == 1:
         return weight.permute(1, 2, 3, 4, 0).contiguous()
-    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:  # spconv 1: kz = ky = kx in all models
+    # spconv 1: the original's kernels are all cubes, conv_out's too (1 x 1 x 1, where mmdet3d's is 3 x 1 x 1)
+    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:
         return weight.permute(4, 0, 1, 2, 3).contiguous()
     if weight.shape[1:4].numel() > 1:
         return weight
@@ -164,7 +165,7 @@ def _slices(weight, to_ours, _):
 
 LAYOUTS = {
     "sparse": _sparse,
-    "slices": _slices,
+    "slices_2d": _slices,
     # 1 x 1 convolutions there are linear layers here
     "matrix": lambda weight, *_: weight.flatten(1) if weight.dim() > 1 else weight,
     "vector": lambda weight, *_: weight.flatten(),  # torchvision's layer_scale is (C, 1, 1)

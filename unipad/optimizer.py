@@ -1,4 +1,4 @@
-"""AdamW with the learning rate and momentum schedules of the original's configs."""
+"""AdamW with the learning rate and momentum schedules of the configs of the original UniPAD code."""
 
 import math
 
@@ -9,9 +9,10 @@ from unipad.config import Optim
 
 
 def make_optimizer(net: nn.Module, cfg: Optim) -> torch.optim.AdamW:
-    """AdamW over the trainable weights of `net`; each group's `scale` multiplies its learning rate.
+    """AdamW over the trainable weights of `net`; `set_rates` multiplies a group's learning rate by its `scale`.
 
-    net: a module whose `encoder` is an `Encoder`; the convolution that fuses both sensors is in the group `rest`.
+    net: a module whose `encoder` is an `Encoder`; the group `encoders` is all of it but the image backbone and the
+        convolution that fuses both sensors, which is in the group `rest`.
     """
     groups = {"backbone": [], "encoders": [], "rest": []}
     for name, p in net.named_parameters():
@@ -20,7 +21,7 @@ def make_optimizer(net: nn.Module, cfg: Optim) -> torch.optim.AdamW:
             group = "backbone" if name.startswith("encoder.camera.backbone.") else "encoders"
         if p.requires_grad:
             groups[group].append(p)
-    scales = {"backbone": cfg.backbone_lr, "encoders": cfg.encoder_lr, "rest": 1.0}
+    scales = {"backbone": cfg.backbone_lr_factor, "encoders": cfg.encoder_lr_factor, "rest": 1.0}
     groups = [{"params": params, "scale": scales[group]} for group, params in groups.items()]
     on_gpu = next(net.parameters()).is_cuda
     return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=on_gpu)
@@ -29,11 +30,11 @@ def make_optimizer(net: nn.Module, cfg: Optim) -> torch.optim.AdamW:
 def set_rates(optimizer: torch.optim.AdamW, cfg: Optim, step: int, steps: int):
     """Set the learning rate and momentum of every group for step `step` of `steps`."""
     for group in optimizer.param_groups:
-        group["lr"] = cfg.lr * group["scale"] * lr_at(cfg, step, steps)
+        group["lr"] = cfg.lr * group["scale"] * lr_factor_at(cfg, step, steps)
         group["betas"] = (momentum_at(cfg, step, steps), 0.999)
 
 
-def lr_at(cfg: Optim, step: int, steps: int) -> float:
+def lr_factor_at(cfg: Optim, step: int, steps: int) -> float:
     """Learning rate of step `step` (from 0) of `steps`, as a fraction of the peak."""
     if cfg.schedule == "one_cycle":
         return _one_cycle(cfg, step, steps, cfg.start, 1.0, cfg.final)

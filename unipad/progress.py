@@ -1,4 +1,4 @@
-"""Progress of a training loop: losses, speed and memory in the log and the terminal, and the end of a diverged run."""
+"""Progress of a training loop: losses, speed and memory in log and terminal, and the error that ends a diverged run."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ except ImportError:  # on Windows: no host memory in the log
 import torch
 
 from unipad.errors import UserError
-from unipad.runtime import World, mean_over_processes, to_main
+from unipad.runtime import World, gather_to_main, mean_over_processes
 
 
 class Progress:
@@ -22,7 +22,7 @@ class Progress:
 
     def __init__(self, run, world: World, step: int, last: int, steps: int, batch_size: int):
         """run: a `RunFolder`; step: steps done so far; last: the step at which this program stops; steps: length of
-        the schedule, which may end later; batch_size: samples per step over all processes."""
+        the schedule, more than `last` with --stop-at; batch_size: samples per step over all processes."""
         self.run, self.world, self.last, self.steps, self.batch_size = run, world, last, steps, batch_size
         self.unreadable = set()
         self.restart(step)
@@ -38,8 +38,8 @@ class Progress:
         self.unreadable.update(bad_frames)
 
     def sum_up(self):
-        """Print how many frames any of the processes could not read. Collective."""
-        unreadable = set().union(*to_main(self.unreadable, self.world) or ())  # none outside the main process
+        """Print the number of frames that at least one process could not read. Collective."""
+        unreadable = set().union(*gather_to_main(self.unreadable, self.world) or ())  # empty outside the main process
         if unreadable:
             print(f"{len(unreadable)} unreadable frames, named above, were replaced by others.")
 
@@ -75,16 +75,19 @@ class Progress:
         """
         speed = self.batch_size * (step - self.since) / (time.perf_counter() - self.clock)
         self.restart(step)
-        rates = {"lr": lr, "samples_per_s": speed, **memory_mb(self.world.device)}
-        rates |= {"rays_per_s": speed * rays_per_sample} if rays_per_sample else {}
-        self.run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, step)
+        extras = {"lr": lr, "samples_per_s": speed, **memory_mb(self.world.device)}
+        extras |= {"rays_per_s": speed * rays_per_sample} if rays_per_sample else {}
+        self.run.scalars({f"train/{name}": value for name, value in (values | extras).items()}, step)
         left = timedelta(seconds=round((self.last - step) * self.batch_size / speed))
-        line = f"step {step}/{self.steps}  {format_metrics(values)}  {format_metrics(rates)}  {left} left"
+        line = f"step {step}/{self.steps}  {format_metrics(values)}  {format_metrics(extras)}  {left} left"
         self.world.print0(line)
 
 
 def _diverged(step):
-    return UserError(f"the loss is not finite at step {step}: lower --lr or use --precision fp32.")
+    return UserError(
+        f"Training has diverged: at step {step}, loss, gradients or weights are not finite. "
+        "Lower --lr or use --precision fp32."
+    )
 
 
 def format_metrics(values: dict[str, float]) -> str:
@@ -93,7 +96,7 @@ def format_metrics(values: dict[str, float]) -> str:
 
 
 def memory_mb(device: torch.device) -> dict[str, float]:
-    """Peak memory so far in MiB, of the GPU or of this process."""
+    """Peak memory of this process so far, in MiB: of its tensors on the GPU, or, without one, of the whole process."""
     if device.type == "cuda":
         return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
     if resource is None:

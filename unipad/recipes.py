@@ -83,7 +83,7 @@ TINY_UNET = UnetConfig(
 )
 TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 of a view go through pixels of a grid
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
-TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
+TINY_OPTIM = Optim(lr=2e-3, backbone_lr_factor=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
 CAMERA_075_PRETRAIN = PretrainRecipe(
     grid=GRID_075, data=Data(sweeps=10), camera=CAMERA_075, rays=RayChoice(far_radius=100.0)
@@ -180,10 +180,10 @@ PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
 LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
 CAMERA_AUGMENT = Augment(rotation=0.3925, scale=(0.95, 1.05), photometric=True, grid_mask=0.7)
 FUSION_AUGMENT = replace(LIDAR_AUGMENT, photometric=True, grid_mask=0.7)
-FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr=0.1, clip=35.0, batch_size=8)
+FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr_factor=0.1, clip=35.0, batch_size=8)
 
 TINY_HEAD = Detect(queries=200, layers=3, heads=4, hidden=128, dropout=0.0, noise_groups=5)
-TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=15, batch_size=1)
+TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr_factor=1.0, warmup_steps=50, epochs=15, batch_size=1)
 
 
 def _unmasked(encoder, **others):

@@ -194,7 +194,7 @@ def _broadcast(value, world):
     return values[0]
 
 
-def to_main(value, world: World) -> list | None:
+def gather_to_main(value, world: World) -> list | None:
     """The list of all processes' `value`s in the main process, None elsewhere. Collective."""
     values = [None] * world.size if world.is_main else None
     if world.size == 1:

@@ -10,8 +10,8 @@ from tests.as_on_a_gpu.simulated_gpu import simulated_gpu
 UNSUPPORTED = {
     "CUDAGraph": "a CUDA graph records the work of a real GPU",
     "torch.compile(": "compiled code needs a CUDA build of PyTorch",
-    "opcheck(": "fake tensors bypass the simulated GPU",
-    "WaitRecorder(": "the simulation itself reads tensors on the host, which would be recorded",
+    "opcheck(": "fake tensors bypass this simulated GPU, on which kernels run",
+    "WaitRecorder(": "the simulation itself reads tensors on the host; these reads would be recorded as waits",
     'load("render_neus_eval")': "the launches of this test are too large to be checked for races",
 }
 

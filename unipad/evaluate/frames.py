@@ -11,7 +11,7 @@ from unipad.batch import Batch
 from unipad.data.dataset import DrivingDataset
 from unipad.data.loader import all_batches
 from unipad.errors import UserError
-from unipad.runtime import World, on_main, to_main
+from unipad.runtime import World, gather_to_main, on_main
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def predict_all(
     model.train(was_training)
     for bad in unreadable:  # `path: reason`
         print(f"skipped {bad}", file=sys.stderr)
-    parts = to_main((predictions, unreadable), world)  # in the main process: a pair for each process
+    parts = gather_to_main((predictions, unreadable), world)  # in the main process: a pair for each process
 
     def check():
         if not any(part for part, _ in parts):

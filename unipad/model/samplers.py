@@ -2,9 +2,9 @@
 S = `cfg.samples` + `cfg.importance` intervals, whose starts are the samples.
 
 Each first searches for the surface with `sdf_at` (starts [R, n] -> signed distance [R, n]) and then places the samples
-that are rendered, from `near` to `far` ([R] each). Lengths are scaled meters. `jitter` is a list of [R] uniforms or
-Nones, one per set of samples, in the order in which they are placed. `beta` is used by VolSDF only. Nothing here is
-differentiable.
+that are rendered, from `near` to `far` ([R] each). Lengths are scaled meters (meters * `grid.scale`). `jitter` is a
+list of [R] uniforms or Nones, one per set of samples, in the order in which they are placed. `beta` is used by VolSDF
+only. Nothing here is differentiable.
 """
 
 import math
@@ -30,7 +30,7 @@ def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter:
     """`samples` stratified over the ray, `importance` drawn from the NeuS weights of those at inverse scale INV_S."""
     edges = stratified_edges(near, far, cfg.samples, jitter[0])
     alpha = interval_alpha(sdf_at(edges[:, :-1]), edges.diff(dim=1), INV_S)
-    return resample(edges, _weights(alpha), cfg.importance, jitter[1])
+    return resample(edges, _weights(alpha), cfg.importance, jitter[1])  # `sample_pdf` and `merge` in one launch
 
 
 def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
@@ -121,8 +121,8 @@ def _tighten(beta, beta_plus, sdf, deltas, clearance):
     """The smallest beta+ per ray, [R], with an error up to ERROR: the field's own `beta` [1] if possible, else found by
     bisection between it and the last round's `beta_plus` [R]."""
 
-    def meets(width):
-        transmittance, error = _transmittance_and_error(width, sdf, deltas, clearance)
+    def meets(candidate):
+        transmittance, error = _transmittance_and_error(candidate, sdf, deltas, clearance)
         return (transmittance * error).amax(dim=1) <= ERROR  # [R]
 
     high = torch.where(meets(beta), beta, beta_plus)

@@ -9,10 +9,11 @@ information, the time of forward and backward. The exit code is 1 if a check fai
 fit into the GPU's memory is skipped. Without a GPU, the references run at small sizes.
 
 An error is the largest absolute difference of an output or gradient from its true values, as a fraction of the largest
-true value. Its bound is twice the error of the reference in the type of the check, plus a slack. The true values are
-computed by the reference in fp64 (for voxels and their neighbor tables in fp32) from the inputs that the kernels read,
-which are rounded to the type. Integers and booleans must be equal. NaN and infinity always fail. A check named
-"..., bit-equal" runs the op twice under PyTorch's strict determinism; both results must also be equal to the bit.
+true value. Its bound is twice the error of the reference in the check's dtype (fp32, tf32, bf16 or fp16), plus a slack.
+The true values are computed by the reference in fp64 from the inputs that the kernels read, which are rounded to that
+dtype. (For voxels and their neighbor tables, it computes in fp32, whose rounding decides a point's cell.) Integers and
+booleans must be equal. NaN and infinity always fail. A check named "..., bit-equal" runs the op twice under
+`torch.use_deterministic_algorithms(True)`; both results must also be equal to the bit.
 
 A faulting kernel can corrupt the GPU context of its process. So the checks run in a separate process, and after a crash
 the remaining ones continue in a new process.
@@ -44,12 +45,12 @@ class Args:
 
 
 def main(args):
-    """Print a line per check and a summary, or the failures to report; returns the exit code."""
-    interpreted = on_triton(torch.empty(0))  # a CPU tensor: kernels run on it in Triton's interpreter, if at all
+    """Print a line per check, then a summary or, if checks failed, the lines to report; returns the exit code."""
+    interpreted = on_triton(torch.empty(0))  # whether kernels take CPU tensors, in Triton's interpreter: only in tests
     if not (torch.cuda.is_available() or interpreted):
         print("There is no GPU to check: the PyTorch references run instead of the kernels, at small sizes.")
         args = replace(args, sizes=("small",))
-    cases = [case for case in checks(args.sizes) if not args.ops or case.name.startswith(args.ops)]
+    cases = [check for check in checks(args.sizes) if not args.ops or check.name.startswith(args.ops)]
     if not cases:
         raise UserError(f"--ops {' '.join(args.ops)}: no op's name starts with that; leave the flag out to run all.")
     began, finished = time.perf_counter(), []

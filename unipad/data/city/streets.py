@@ -14,7 +14,7 @@ import numpy as np
 from unipad.data.city.solids import CATEGORY, SOLID, solid
 
 PITCH = 72.0  # meters from street to street
-STREETS = 7  # streets along x, and as many along y, on the map image; there are more, but no scene gets there
+STREETS = 7  # along x, and as many along y, on the map image (`synthetic._draw_map`); no scene gets to the others
 HALF_ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 m and a parking lane
 DRIVING_LINE = 1.9  # meters from the center line of the street to the middle of a vehicle in its lane
 CURB_RADIUS = 4.0  # meters, at the corners of intersections
@@ -27,7 +27,7 @@ AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions o
 
 
 class City:
-    """One district of the city of a seed: a street grid of its own, unconnected to the others.
+    """One district of the city that a seed gives: a street grid of its own, unconnected to the others.
 
     Small datasets have district 0 only; large ones have a district for every 16 scenes, see `traffic.district_of`.
     """
@@ -107,7 +107,7 @@ class City:
 
     @cache  # noqa: B019 (a process makes blocks of few districts, so it may keep them)
     def block(self, column, row):
-        """SOLID array of the block between streets `column`, `column` + 1 and `row`, `row` + 1."""
+        """The solids (an array of dtype SOLID) of the block from street `column` to the next, and `row` to the next."""
         rng = np.random.default_rng([*self.seed, 2, column + 99, row + 99])  # + 99, since seeds must not be negative
         solids = []
         is_park = rng.random() < self.park_fraction
@@ -122,7 +122,7 @@ class City:
                 continue
             along = HALF_ROAD + SIDEWALK + 4  # meters from `origin` to the near end of the next house
             # Houses begin at least 38 m before the next side's street: that side's houses reach at most 27.5 m from its
-            # center line, and 10.5 m are left for most of the last house; the rest of it may overlap one of them.
+            # center line, so that 10.5 m are left for the last house; a longer one may overlap a house of that side.
             while along < PITCH - 38:
                 length, width = rng.uniform(9, 15), rng.uniform(9, 12)  # along the street, and away from it
                 front = HALF_ROAD + SIDEWALK + rng.uniform(3.5, 5)
@@ -164,6 +164,7 @@ HEDGE, BARK, STEEL = (0.18, 0.33, 0.13), (0.30, 0.22, 0.16), (0.42, 0.44, 0.46)
 
 def tree(rng, spot):
     """The solids of a tree, rows of a SOLID array, at `spot`: x, y, heading."""
+    # taper, here and in `house`: of the front, back and side faces, meters inwards per meter of height
     x, y, yaw = spot
     leaf_color = LEAVES[rng.integers(len(LEAVES))]
     trunk_height = rng.uniform(2.2, 3.2)

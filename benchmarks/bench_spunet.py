@@ -46,11 +46,12 @@ class Nets:
                 # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes, as in
                 # bench_sparse_conv
                 nn.init.constant_(module.bias, 8)
-        self.weights = [p for p in self.net.parameters() if p.dim() == 5]  # of the convolutions only, as there
+        # Those of the convolutions only, as there. They are inputs of a case, too, to get gradients from `compare`.
+        self.weights = [p for p in self.net.parameters() if p.dim() == 5]
         self.stride = 2 ** len(self.net.down)  # of the deepest level
 
     def ours(self, op):
-        """A function of a case's inputs that runs the net with `op`, `sparse_conv` or its reference."""
+        """A function of a case's inputs that runs the net with `op`: `sparse_conv` or its reference."""
 
         def run(features, weights, coords):
             # as many cells as needed, rounded up to a multiple of the stride

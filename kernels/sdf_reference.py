@@ -131,8 +131,8 @@ class Softplus(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
         # 80 acts as infinity: beyond the threshold, the derivative is exactly 1 and the value exactly z, as in torch.
-        # log(sigmoid(|x|)), not -log1p(exp(-|x|)), and |x| at most 80: exp and log1p take a slow path on a CPU where
-        # results are tiny.
+        # On a CPU, exp and log1p are slow where their results are near the smallest floats. So |x| is at most 80, and
+        # the logarithm is that of sigmoid(|x|), which is never near 0, in place of -log1p(exp(-|x|)).
         x = F.threshold(-SHARPNESS * z, -THRESHOLD, -80, inplace=True).clamp_(max=80)  # -SHARPNESS z
         act_grad = x.neg().sigmoid_()
         ctx.save_for_backward(act_grad)

@@ -184,7 +184,9 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
     shapes = [tuple(t.shape) for t in (volume, origins, directions, volume_idx, starts)]
     assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
-    assert all(t.shape == (3,) for t in cells), f"cells are [3] each, not {[tuple(t.shape) for t in cells]}"
+    assert all(t.shape == (3,) for t in cells), (
+        f"cells_per_unit and cell_offset are [3] each, not {[tuple(t.shape) for t in cells]}"
+    )
     C = sdf_mlp[2].shape[1]  # of C_0 [H, C]
     assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
 

@@ -35,7 +35,7 @@ def test_recipes_of_the_paper():
     camera, lidar = PRETRAIN["camera"]["camera-0.1"], PRETRAIN["lidar"]["lidar-0.075"]
     assert camera.grid.shape == (128, 128, 5) and lidar.grid.shape == (180, 180, 5)
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
-    assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)  # learning rate at step 0
+    assert lidar.optim.lr * lidar.optim.start_factor == pytest.approx(2e-5)  # learning rate at step 0
     assert lidar.grid.scale == 1 / 54  # meters to the renderer's unit: the range ends at 54 m
 
 

@@ -29,8 +29,9 @@ def test_errors_are_within_their_tolerances(record):
         assert float(of_tolerance.removesuffix("%")) <= 100
 
 
-def test_rows_of_the_page_by_hand():
-    """The last column is the largest ratio of error to tolerance; a record without comparisons is marked "equal"."""
+def test_rows_equal_those_computed_by_hand():
+    """The last column is the largest ratio of error to tolerance; a record that tests compare bit
+    by bit only, without a tolerance, counts as no comparison and is marked "equal"."""
     pairs = [(2e-4, 1e-3), (9e-6, 1e-5), (0.0, 1e-5)]  # error, tolerance
     errors = {name: [] for name in RECORDS} | {"fpn_vs01": pairs}
     page = table(errors)
@@ -39,6 +40,7 @@ def test_rows_of_the_page_by_hand():
 
 
 def test_tests_that_load_records_are_found():
+    """`tests.faithfulness` runs the tests whose source calls `golden.load`, directly or through a helper."""
     from tests import test_camera, test_golden_samplers
 
     assert loads_a_record(test_camera.test_convnext_matches_the_original)

@@ -14,7 +14,7 @@ from unipad.recipes import PRETRAIN
 def test_cosine_by_hand():
     """A linear warm-up from 1/3 to 1, times a half cosine from 1 to 0.1 over all 100 steps; factors of the peak rate.
     The momentum is constant."""
-    cfg = Optim(start=1 / 3, final=0.1, warmup_steps=10)
+    cfg = Optim(start_factor=1 / 3, final_factor=0.1, warmup_steps=10)
     cosine = {0: 1.0, 50: 0.55, 100: 0.1}  # step -> factor
     assert lr_factor_at(cfg, 0, 100) == pytest.approx(1 / 3)
     assert lr_factor_at(cfg, 50, 100) == pytest.approx(cosine[50])
@@ -26,7 +26,7 @@ def test_cosine_by_hand():
 
 def test_one_cycle_by_hand():
     """The learning rate rises for 40 % of the steps, then falls, as half cosines; the momentum falls, then rises."""
-    cfg = Optim(schedule="one_cycle", start=0.1, final=0.01, rise=0.4, momentum=0.95, min_momentum=0.85)
+    cfg = Optim(schedule="one_cycle", start_factor=0.1, final_factor=0.01, rise=0.4, momentum=0.95, min_momentum=0.85)
     for step, lr, momentum in (
         (0, 0.1, 0.95),
         (20, 0.55, 0.9),
@@ -41,7 +41,7 @@ def test_one_cycle_by_hand():
 
 def test_the_backbone_the_encoders_and_the_rest_have_separate_learning_rates():
     recipe = PRETRAIN["fusion"]["tiny"]
-    cfg = replace(recipe.optim, lr=1.0, backbone_lr_factor=0.1, encoder_lr_factor=0.5, start=1.0, warmup_steps=0)
+    cfg = replace(recipe.optim, lr=1.0, backbone_lr_factor=0.1, encoder_lr_factor=0.5, start_factor=1.0, warmup_steps=0)
     with torch.device("meta"):
         net = Pretrain(replace(recipe, camera=replace(recipe.camera, frozen_stages=1)))
     optimizer = make_optimizer(net, cfg)

@@ -9,8 +9,8 @@ runtime.py     device, processes, random numbers, stopping on a signal
 exit.py        how a program ends: exit codes, and one line instead of a traceback
 run_folder.py  what a training run leaves: folder, log, checkpoints
 progress.py    what a training loop prints and logs, and how it ends if it diverges
-checkpoint.py  reading checkpoints and runs, and taking weights from them
-convert.py     the original's checkpoints and ImageNet's ConvNeXt -> ours, and ours -> the original's
+checkpoint.py  checkpoint files: writing, reading, taking weights from them
+convert.py     checkpoints of the original (the authors' code) <-> ours, ImageNet's ConvNeXt -> ours
 names.py       parameter names: the original's <-> ours
 optimizer.py   AdamW and its schedules
 cli.py         command lines: a script's flags and every setting of the recipe

@@ -292,8 +292,8 @@ class Optim:
     encoder_lr_factor: float = 1.0  # of the rest of the encoders, as a factor of lr
     weight_decay: float = 0.01  # decoupled weight decay
     clip: float = 35.0  # norm that gradients are clipped to
-    start: float = 1 / 3  # factor of lr at step 0
-    final: float = 1e-3  # factor of lr at the last step
+    start_factor: float = 1 / 3  # learning rate at step 0, as a factor of lr
+    final_factor: float = 1e-3  # learning rate at the last step, as a factor of lr
     warmup_steps: int = 500  # cosine: steps of the warm-up
     rise: float = 0.4  # one_cycle: fraction of the steps up to the peak
     momentum: float = 0.9  # AdamW's first beta

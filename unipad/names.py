@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
-# The original's head without denoising and that with it have different keys for their reference points, ours the same
+# The original's heads without and with denoising name their reference points differently, ours alike
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
 DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
 THEIRS, OURS = 0, 1  # columns of the tables
@@ -25,7 +25,7 @@ UNIPAD = [
     ("pts_middle_encoder.mtoken", "encoder.lidar.mask_token"),
     ("pts_middle_encoder.", "encoder.lidar.encoder.", "sparse"),
     ("pts_backbone.", "encoder.lidar.backbone.", "slices_2d"),
-    # There one list with three entries per block (convolution, norm, ReLU; at most four blocks), here a list of blocks
+    # The original: one list of three entries per block (convolution, norm, ReLU; at most four blocks). Ours: blocks
     *[(f"pts_neck.extra_blocks.{3 * i + j}.", f"encoder.lidar_convs.{i}.{j}.") for i in range(4) for j in range(2)],
     ("pts_neck.", "encoder.lidar.neck.", "slices_2d"),
     ("pts_bbox_head.view_trans.time_conv.", "encoder.frame_fusion.time_conv."),
@@ -108,7 +108,10 @@ def from_imagenet(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
 
 
 def _renamed(state, rows, source, target, spconv=1):
-    """(tensors by new key, keys without one); source, target: columns of `rows` to convert from and to."""
+    """(tensors by new key, keys without one).
+
+    source, target: columns of `rows` to convert from and to; spconv: layout to write, if the target is the original.
+    """
     renamed, unknown = {}, []
     for key, value in state.items():
         name, layout = _rename(key, rows, source, target)
@@ -144,7 +147,7 @@ def _sparse(weight, to_ours, spconv):
         return weight
     if not to_ours and spconv == 1:
         return weight.permute(1, 2, 3, 4, 0).contiguous()
-    # spconv 1: the original's kernels are all cubes, conv_out's too (1 x 1 x 1, where mmdet3d's is 3 x 1 x 1)
+    # The shape shows that it is spconv 1's, since the original's kernels are all cubes (mmdet3d's conv_out is not).
     if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:
         return weight.permute(4, 0, 1, 2, 3).contiguous()
     if weight.shape[1:4].numel() > 1:
@@ -157,7 +160,7 @@ def _sparse(weight, to_ours, spconv):
 
 
 def _slices(weight, to_ours, _):
-    """3D convolutions of 1 x 3 x 3 or 1 x 1 x 1 are 2D convolutions here."""
+    """3D convolutions, also transposed ones, whose kernel has size 1 in z are 2D convolutions here."""
     if to_ours:
         return weight.squeeze(2) if weight.dim() == 5 else weight
     return weight.unsqueeze(2) if weight.dim() == 4 else weight
@@ -166,7 +169,7 @@ def _slices(weight, to_ours, _):
 LAYOUTS = {
     "sparse": _sparse,
     "slices_2d": _slices,
-    # 1 x 1 convolutions there are linear layers here
+    # 1 x 1 convolutions of other libraries are linear layers here
     "matrix": lambda weight, *_: weight.flatten(1) if weight.dim() > 1 else weight,
     "vector": lambda weight, *_: weight.flatten(),  # torchvision's layer_scale is (C, 1, 1)
 }

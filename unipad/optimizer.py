@@ -37,10 +37,10 @@ def set_rates(optimizer: torch.optim.AdamW, cfg: Optim, step: int, steps: int):
 def lr_factor_at(cfg: Optim, step: int, steps: int) -> float:
     """Learning rate of step `step` (from 0) of `steps`, as a fraction of the peak."""
     if cfg.schedule == "one_cycle":
-        return _one_cycle(cfg, step, steps, cfg.start, 1.0, cfg.final)
+        return _one_cycle(cfg, step, steps, cfg.start_factor, 1.0, cfg.final_factor)
     warmed_up = step / cfg.warmup_steps if step < cfg.warmup_steps else 1.0  # fraction of the warm-up
-    warmup_factor = cfg.start + (1 - cfg.start) * warmed_up
-    return warmup_factor * _cosine(1.0, cfg.final, step / steps)  # the cosine decays during the warm-up, too
+    warmup_factor = cfg.start_factor + (1 - cfg.start_factor) * warmed_up
+    return warmup_factor * _cosine(1.0, cfg.final_factor, step / steps)  # the cosine decays during the warm-up, too
 
 
 def momentum_at(cfg: Optim, step: int, steps: int) -> float:

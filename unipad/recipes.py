@@ -63,7 +63,7 @@ TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width, fewer blocks
 )
 TINY_LIDAR = LidarConfig(
     cell=(0.3125, 0.3125, 0.5),
-    mask_block=2,  # 0.6 m in x and y, as the paper's 8 voxels of 0.075 m
+    mask_block=2,  # about 0.6 m in x and y, as the paper's 8 voxels of 0.075 m
     widths=(16, 32, 32),
     blocks=1,
     sparse_channels=32,
@@ -86,7 +86,10 @@ TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr_factor=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
 CAMERA_075_PRETRAIN = PretrainRecipe(
-    grid=GRID_075, data=Data(sweeps=10), camera=CAMERA_075, rays=RayChoice(far_radius=100.0)
+    grid=GRID_075,
+    data=Data(sweeps=10),
+    camera=CAMERA_075,
+    rays=RayChoice(far_radius=100.0),  # through LiDAR points up to 100 m away
 )
 
 # Pre-training: modality -> name -> recipe. Comments name the released configs, such as uvtr_cam_vs0.075_pretrain.
@@ -137,7 +140,7 @@ PRETRAIN = {
             lidar=UnetConfig(),
             rays=RayChoice(far_radius=100.0),
             render=Render(rgb_weight=0.0),
-            optim=Optim(schedule="one_cycle", lr=2e-4, start=0.1, final=1e-5, epochs=24, batch_size=16),
+            optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, epochs=24, batch_size=16),
         ),
         # uvtr_lidar_vs0.075_pretrain
         "lidar-0.075": PretrainRecipe(
@@ -146,8 +149,8 @@ PRETRAIN = {
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=LidarConfig(),
             rays=RayChoice(far_radius=100.0),
-            render=Render(rgb_weight=0.0, truncation=0.2),
-            optim=Optim(schedule="one_cycle", lr=2e-4, start=0.1, final=1e-5, batch_size=16),
+            render=Render(rgb_weight=0.0, truncation=0.2),  # truncation: of the SDF losses, if they are turned on
+            optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, batch_size=16),
         ),
     },
     "fusion": {
@@ -177,7 +180,9 @@ PRETRAIN = {
 
 # Head of the camera ablations: no denoising, all code weights are 1, no NMS
 PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
-LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
+LIDAR_OPTIM = Optim(
+    schedule="one_cycle", lr=1e-3, start_factor=0.1, final_factor=1e-5, clip=10.0, epochs=20, batch_size=16
+)
 CAMERA_AUGMENT = Augment(rotation=0.3925, scale=(0.95, 1.05), photometric=True, grid_mask=0.7)
 FUSION_AUGMENT = replace(LIDAR_AUGMENT, photometric=True, grid_mask=0.7)
 FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr_factor=0.1, clip=35.0, batch_size=8)
@@ -304,7 +309,7 @@ SEGMENT = {
             data=Data(cameras=False),
             augment=SEGMENT_AUGMENT,
             lidar=replace(TINY_UNET, mask_ratio=0.0),
-            optim=Optim(schedule="one_cycle", lr=5e-3, start=0.1, final=1e-3, epochs=17.5, batch_size=2),
+            optim=Optim(schedule="one_cycle", lr=5e-3, start_factor=0.1, final_factor=1e-3, epochs=17.5, batch_size=2),
         ),
         # Pointcept's semseg-spunet-v1m1-0-base, with which the paper fine-tunes, plus the Lovász softmax
         "segment": SegmentRecipe(
@@ -316,8 +321,8 @@ SEGMENT = {
                 schedule="one_cycle",
                 lr=2e-3,
                 weight_decay=5e-3,
-                start=0.1,
-                final=1e-3,
+                start_factor=0.1,
+                final_factor=1e-3,
                 rise=0.04,
                 momentum=0.95,
                 min_momentum=0.85,

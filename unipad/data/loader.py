@@ -101,9 +101,9 @@ def _check_batch_size(dataset, size, workers):
     sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
         image_bytes = sum(image.nbytes for image in sample.images)
-        waiting = (image_bytes + sample.points.nbytes) * (1 + PREFETCH * workers)
-        # 4 bytes: the images of the batch in use are fp32, on a CPU in the same memory
-        check_memory(size * (waiting + 4 * image_bytes), f"loading with --batch-size, {size} samples per process,")
+        loaded = (image_bytes + sample.points.nbytes) * (1 + PREFETCH * workers)  # the batch in use, and those ahead
+        # Images are loaded as bytes; those of the batch in use also become fp32, without a GPU in the same memory.
+        check_memory(size * (loaded + 4 * image_bytes), f"loading with --batch-size, {size} samples per process,")
 
 
 PREFETCH = 2  # batches per worker that are loaded ahead and wait in shared memory; PyTorch's default
@@ -170,7 +170,7 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
             no_shared_memory = re.search(SHARED_MEMORY_ERROR, str(error))
             if not workers or not (died or no_shared_memory):
                 raise
-            error.__traceback__ = None  # its stack frames refer to the loader, which must end before the next one
+            error.__traceback__ = None  # its stack frames hold the loader, which must end before the next starts
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
             if not no_shared_memory:
                 reason = f"one of {workers} data loading processes died, as when memory is short"
@@ -203,7 +203,7 @@ class MicroBatches(Dataset):
     def __getitem__(self, i):
         samples, bad_frames = [], []
         for position, frame in self.positions_and_frames(i):
-            # the last number tells uses apart: 1 augmentation; 3, below, replacements; 2 `DrivingDataset.balanced`
+            # the last number tells random streams apart: 1 augmentation, 2 `DrivingDataset.balanced`, 3 replacements
             rng = np.random.default_rng([self.seed, position, 1])
             earlier = len(bad_frames)  # those of earlier positions
             sample = _first_readable(

@@ -68,7 +68,8 @@ class Args:
     """Folder to write: new, empty, or an older synthetic dataset, which is replaced."""
     scenes: int = 10
     """Scenes, 2 to 1000. Up to 10 have the scene names of nuScenes mini, two of them for validation (one if there
-    are only 2). More have a district for every 16 of them, any weather, and splits of their own: --version city."""
+    are only 2). More are spread over districts of 16, in any weather, with splits of their own: train.py --version
+    city."""
     keyframes: int = 10
     """Keyframes per scene, at 2 Hz; 2 to 400."""
     image_size: tuple[int, int] = (144, 256)
@@ -236,7 +237,8 @@ def _shadows(scene):
 
 
 def _render(task):
-    """Write the files of a keyframe and of the sweeps before it; returns the `rig.census` of the keyframe."""
+    """Write the files of a keyframe and of the sweeps before it; returns, for each actor at the
+    keyframe, its LiDAR points and visibility (`rig.census`), for the tables."""
     args, root, name, k = task
     scene = scene_of(args, name)
     for channel in rig.CAMERAS:

@@ -105,9 +105,9 @@ class LidarEncoder(nn.Module):
             else:
                 features = torch.where(visible[:, None], features, self.mask_token)
         voxels = VoxelSet(coords, shape, len(point_counts), in_order=True, check=False)
-        voxel_sets = make_tables(self.encoder, voxels)
+        voxel_sets = make_tables(self.encoder, voxels)  # neighbor tables (spconv: indice pairs) of all convolutions
         x = self.encoder(SparseTensor(features, voxels)).dense()
-        del voxel_sets  # kept alive until here: the encoder finds its tables in them
+        del voxel_sets  # held until here: only weak references keep the output sets, whose tables the encoder needs
         return self.neck(self.backbone(x)), visible_coords
 
 
@@ -139,7 +139,9 @@ class SparseEncoder(nn.Module):
 
 
 class Second(nn.Module):
-    """The original's SECOND3D, as parallel branches: all read the same input, each with its own stride in x and y.
+    """The original's SECOND3D: parallel branches, which read the same input, with strides of their own in x and y.
+
+    (In SECOND, blocks follow each other; the original sets is_cascade=False.)
 
     The original's 1 x 3 x 3 kernels do not mix z levels: here they are 2D convolutions of all levels of all samples.
 

@@ -30,7 +30,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -39,6 +39,7 @@ import matplotlib.image
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from unipad.data.synthetic import generate, is_synthetic
@@ -315,8 +316,7 @@ def draw(rows: list[Row], file: Path):
     figure = Figure(figsize=(3.1 * columns, 2.8 * lines + 0.4), dpi=120, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     colors = dict(zip(ARMS, matplotlib.colormaps["tab10"].colors, strict=False))
-    schedules = sorted({row.steps for row in rows})
-    legend = {}
+    markers = dict(zip(sorted({row.steps for row in rows}), cycle("soD^v"), strict=False))
     for axis, panel in zip(axes, panels, strict=False):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
         values = by_seed(of_panel, "arm", "steps", "fraction")
@@ -325,11 +325,10 @@ def draw(rows: list[Row], file: Path):
             points = [list(values[arm, steps, fraction].values()) for fraction in fractions]
             deviations = [np.std(found, ddof=1) if len(found) > 1 else 0 for found in points]
             shift = 1.03 ** (ARMS.index(arm) - 1.5)  # beside each other, so that no arm hides another's error bar
-            line = axis.errorbar(
+            axis.errorbar(
                 [100 * fraction * shift for fraction in fractions], [np.mean(found) for found in points], deviations,
-                color=colors[arm], marker="osD^v"[schedules.index(steps) % 5], markersize=4, capsize=2,
+                color=colors[arm], marker=markers[steps], markersize=4, capsize=2,
             )  # fmt: skip
-            legend.setdefault(f"{arm}, {steps} steps" if len(schedules) > 1 else arm, line)
         task, modality, metric = panel
         title = TITLES[modality] + (" segmentation" if task == "segment" else " detection")
         axis.set(xscale="log", xlabel="labels, %", ylabel=metric, title=title, ylim=(0, 1.05 * axis.get_ylim()[1]))
@@ -340,7 +339,10 @@ def draw(rows: list[Row], file: Path):
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=9)
+    legend = [Line2D([], [], color=colors[arm], label=arm) for arm in ARMS if any(row.arm == arm for row in rows)]
+    for steps, marker in markers.items():
+        legend.append(Line2D([], [], color="gray", linestyle="none", marker=marker, label=f"{steps} steps"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 

@@ -6,7 +6,7 @@ from benchmarks.harness import DEVICE, Case, compare
 from unipad.kernels.composite import EPS, composite, composite_ref
 
 # Rays, samples of each, channels composited. UniPAD: 6 cameras x 512 rays, 72 + 24 samples, RGB and depth; then more
-# channels, then more rays. On a CPU first about the tiny preset's sizes: 6 x 64 rays, 40 + 16 samples
+# channels, then more rays. On a CPU first about the tiny preset's sizes (6 x 64 rays, 40 + 16 samples)
 GPU_SIZES = [(3072, 96, 4), (3072, 96, 32), (24576, 96, 32)]
 CPU_SIZES = [(384, 64, 4), (3072, 96, 4)]
 

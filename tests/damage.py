@@ -340,7 +340,7 @@ def _child(function, sender, output):
 def _judge(kind, folder, file, detectable, expected):
     """Read a damaged file, in the child, and return the `Result`.
 
-    kind: a `readers.Kind`. detectable: whether the damage can be detected. expected: the readout of the intact files.
+    kind: a `readers.Kind`. detectable: whether the damage can be detected. expected: the `Readout` of the intact files.
     """
     try:
         readout = kind.read(folder)
@@ -350,7 +350,7 @@ def _judge(kind, folder, file, detectable, expected):
             return Result("TRACEBACK", f"not one sentence with a file, folder or flag: {sentence}")
         return Result("refused", sentence.replace(str(folder), ""))
     sys.stderr.flush()
-    with open("/proc/self/fd/2", "rb") as output:  # what `_child` has redirected to a file, from its start
+    with open("/proc/self/fd/2", "rb") as output:  # the file to which `_child` redirects output, from its beginning
         printed = output.read().decode(errors="replace")
     # a damaged table may refer to a wrong file: then the message names that one
     unnamed = [r for r in readout.skipped.values() if not re.search(rf"{folder}/.*: ", r)]

@@ -33,7 +33,8 @@ def random_boxes(n):
 
 
 def at_center(boxes):
-    """Boxes as in `Batch` from those of the original's box coder, whose z is the center's (elsewhere the bottom's)."""
+    """Boxes as in `Batch` from those of the original's box coder, whose z is the center's (else in the original the
+    bottom's)."""
     ours = boxes_from_original(boxes)
     ours[..., 2] -= ours[..., 5] / 2  # undoes the shift from the bottom to the center
     return ours

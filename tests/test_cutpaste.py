@@ -122,7 +122,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
         assert objects.labels[rows].tolist() == after.labels[n:].tolist()
         clouds = np.concatenate([objects._points(k) for k in rows])
         np.testing.assert_array_equal(after.points[kept.sum() :], clouds)
-    # of 10 classes; of each other one the sample has enough already, or there is no object or no room for it
+    # of 10 classes; of the others, the sample has enough already, or there is no object or no room
     assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
 
 
@@ -307,7 +307,7 @@ def test_a_frame_that_cannot_be_read_is_named_and_left_out(copy, capsys):
 def test_objects_are_cached_elsewhere_if_there_is_no_folder_next_to_the_data(copy, tmp_path):
     (copy / "unipad-index").write_text("a file where the folder should be")
     objects = load_objects(dataset_of(copy), PASTE)
-    assert objects.file.is_relative_to(tmp_path / "cache")  # the user's cache, see `own_user_cache`
+    assert objects.file.is_relative_to(tmp_path / "cache")  # the user's, by conftest's `own_user_cache`
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("another one")
     with pytest.raises(DataError, match=r"can be written neither to .*unipad-index nor to .*cache.*; make") as refused:

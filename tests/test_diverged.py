@@ -12,7 +12,7 @@ from unipad.runtime import World
 
 def test_a_diverging_run_ends_with_one_line(city, tmp_path):
     """From the second step on, neither the SDF nor the ray samples are finite. That is noticed at the fourth: the loss
-    is checked only when it is logged or weights are saved (in `SMALL`, every 99 steps)."""
+    is checked only when it is logged or weights are saved (`run_train` saves every 99 steps)."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--log-every", 4]
     done = run_train(*flags, "--lr", 1e5, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr

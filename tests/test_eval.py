@@ -314,8 +314,8 @@ def test_distances_are_the_sdf_in_meters():
     assert values.shape == (20, 20, 3)  # a range of 80 x 80 x 12 m in steps of 4 m
     # the field takes and returns lengths in units of 1 / grid.scale meters
     point = (torch.tensor(grid.low) + 4 * torch.tensor([3, 7, 1])) * grid.scale
-    first_volume = torch.zeros(1, dtype=torch.int32)
-    sdf = model.renderer.field.sdf(volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], first_volume)
+    volume_idx = torch.zeros(1, dtype=torch.int32)
+    sdf = model.renderer.field.sdf(volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], volume_idx)
     assert values[3, 7, 1].item() == pytest.approx(sdf.item() / grid.scale, rel=1e-4, abs=1e-4)
 
 

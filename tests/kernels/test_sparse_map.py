@@ -31,12 +31,13 @@ TYPES = dict.fromkeys(["stride", "padding"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
 LONG_KEYS, SHORT_KEYS = (dict(BLOCK=BLOCK, NO_KEY=no_key) for no_key in (NO_KEY, NO_KEY_SHORT))
-SORTED = dict(reader_order_ptr=None, order_ptr=None)  # readers, and the voxels they read, are sorted by key
-# Triton makes constants of integers that are 1, unless they are `varying`: of these, only of KY, DZ and DY. One launch
-# has constants in place of all, the extreme case.
+# Readers (voxels that look up neighbors), and the voxels they read, are sorted by key
+SORTED = dict(reader_order_ptr=None, order_ptr=None)
+# Triton makes constants of integer arguments that are 1, except those in the kernel's `@jit(varying=...)`: of SIZES, it
+# can do so only with KY, DZ and DY. One launch has all of them as constants, which never occurs: the extreme case.
 SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]
 LAUNCHES = [
-    # elements: one type, no argument has it
+    # elements: no argument has the element type, so one is enough
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
         ("_neighbors_kernel", LONG_KEYS | dict(KX=1, DX=1), LONG, 48, 2048),
@@ -180,7 +181,7 @@ def test_inverse_map_twice_is_the_identity(fn, device):
 def test_tables_of_a_grid_of_8e9_cells(use_ref, device):
     """Two neighbors along x in each corner of samples 0 and 2; their keys exceed 32 bits."""
     shape = (41, 10000, 20000)
-    # the voxels in the corners, and below each one's neighbor further inside
+    # outer: the voxels in the corners; inner: for each, its neighbor one cell further inside along x
     outer = torch.tensor(list(product((0, 2), *((0, size - 1) for size in shape))), dtype=torch.int32, device=device)
     is_low = outer[:, 3] == 0
     inner = outer.clone()

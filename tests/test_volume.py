@@ -66,10 +66,10 @@ def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():
 def test_projection_to_the_render_volume_reproduces_the_original():
     arrays, _ = golden.load("render_head_viewtrans_train")
     project = ConvNormReLU3d(12, 32)
-    project.load_state_dict(golden.weights(arrays, "project."))
+    project.load_state_dict(golden.recorded(arrays, "project."))
     golden.assert_close_to_max(project(arrays["out/unified_volume"]), arrays["out/render_volume"], 1e-5)
     # the running statistics of the batch norm after this forward pass
-    for name, statistic in golden.weights(arrays, "project.", "out/after/").items():
+    for name, statistic in golden.recorded(arrays, "project.", "out/after/").items():
         golden.assert_close_to_max(project.state_dict()[name], statistic, 1e-5, name)
 
 

@@ -246,7 +246,7 @@ def test_a_run_does_not_resume_with_other_settings(uninterrupted, city, tmp_path
     other = run_train(*flags, "--render.samples", 9, "--resume", run, cwd=tmp_path, check=False)
     assert other.returncode == 2 and "was started with --render.samples 12, not 9" in other.stderr
     other = run_train(*settings, "--out", tmp_path / "other", "--resume", run, cwd=tmp_path, check=False)
-    assert other.returncode == 2 and f"--resume {run} goes on in {run}, so --out" in other.stderr
+    assert other.returncode == 2 and f"--resume {run} continues in {run}, so --out" in other.stderr
 
 
 def wait_for(condition, process, seconds=120):

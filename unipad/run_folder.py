@@ -57,7 +57,7 @@ def _find_run(root, out, resume, closing):
         if not last_checkpoint(path):
             raise UserError(f"--resume {path} has no checkpoints/last.pt; give the folder of a run.")
         if out and out.resolve() != path.resolve():
-            raise UserError(f"--resume {path} goes on in {path}, so --out {out} does not apply; leave out --out.")
+            raise UserError(f"--resume {path} continues in {path}, so --out {out} does not apply; leave out --out.")
         closing.enter_context(_locked(path))
         return path, read_training(last_checkpoint(path))
     if out and out.is_file():
@@ -114,7 +114,7 @@ def _locked(path):
         try:
             if fcntl:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # if not of these two kinds, the file system has no locks: go on without one
+        except OSError as error:  # if not of these two kinds, the file system has no locks: continue without one
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 lock.seek(0)
                 raise UserError(
@@ -226,7 +226,7 @@ class RunFolder:
         if step:
             self.save(step, parts, metrics, keep=True)
         if failed:
-            saved = f"step {step} is saved, and --resume {self.path} goes on after it" if step else "nothing is lost"
+            saved = f"step {step} is saved, and --resume {self.path} continues after it" if step else "nothing is lost"
             raise UserError(
                 f"validation failed: {one_line(failed)}; {saved}; --val-every 0 trains without validation."
             ) from failed

@@ -33,8 +33,10 @@ def random_boxes(n):
 
 
 def at_center(boxes):
-    """Boxes as in `Batch` from those of the original's box coder, whose z is the center's (else in the original the
-    bottom's)."""
+    """Boxes of the original's box coder as in `Batch`.
+
+    Its z is that of the center; elsewhere in the original it is that of the bottom, as `boxes_from_original` assumes.
+    """
     ours = boxes_from_original(boxes)
     ours[..., 2] -= ours[..., 5] / 2  # undoes the shift from the bottom to the center
     return ours

@@ -23,7 +23,7 @@ TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"],
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
 COORDS_BLOCK, KEYS_BLOCK = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
 LAUNCHES = [
-    # elements: one type, no argument has it
+    # elements: no argument has the element type, so one is enough
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
         ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),

@@ -84,7 +84,8 @@ def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = 
         near, far: [R] distances.
         S:         number of samples, at least 1.
         jitter:    [R] in [0, 1), one number per ray: every edge moves to that fraction of the way between the midpoints
-                   of its two intervals (the first edge from near on, the last up to far). None: even intervals.
+                   of its two intervals (the first: from near to its midpoint; the last: from its midpoint to far).
+                   None: even intervals.
 
     Returns:
         edges: [R, S + 1] ascending.

@@ -1,6 +1,6 @@
 """Autotuning: the candidate launches of an op are timed once per kind of work; the fastest is saved in a file.
 
-A candidate is a tuple of launch settings, such as block sizes. Its time includes preparing what only this candidate
+A candidate is a tuple of launch parameters, such as block sizes. Its time includes preparing what only this candidate
 reads, such as the neighbor table's tiles of its size (sparse_tiles.py), since every training step prepares them again;
 tiles that an earlier layer has built already are not counted. Runs are timed as in a training step: back to back, with
 the L2 cache as the previous run leaves it and the host ahead of the device. The lowest median wins.

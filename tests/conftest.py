@@ -70,7 +70,7 @@ def signal_handlers():
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory):
-    """Root of a small synthetic dataset, v1.0-mini, shared by all tests: those that modify it use `copy` instead."""
+    """Root of a small synthetic dataset, v1.0-mini, shared by all tests; those that modify it use `city_copy`."""
     from unipad.data.synthetic import generate
 
     root = tmp_path_factory.mktemp("data") / "city"
@@ -79,7 +79,7 @@ def city(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(city, tmp_path, own_user_cache):
+def city_copy(city, tmp_path, own_user_cache):
     """Root of a copy of `city` that the test may modify; no index is cached, in it or in the user's cache folder."""
     return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
 

@@ -171,11 +171,11 @@ def test_under_torchrun_one_process_prints_the_error_and_torchruns_report_ends_w
 
 
 @pytest.fixture
-def without_boxes(copy):
+def without_boxes(city_copy):
     """Root of a dataset whose tables have no boxes, which the devkit refuses to score."""
     for name in ("sample_annotation", "instance"):
-        (copy / "v1.0-mini" / f"{name}.json").write_text("[]")
-    return copy
+        (city_copy / "v1.0-mini" / f"{name}.json").write_text("[]")
+    return city_copy
 
 
 def test_a_failing_validation_loses_no_step(without_boxes, tmp_path):
@@ -349,19 +349,19 @@ def test_partial_datasets_of_killed_processes_are_removed(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == [f".city.partial-{os.getppid()}"]
 
 
-def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_path, monkeypatch):
+def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, city_copy, tmp_path, monkeypatch):
     run = shutil.copytree(half_a_run, tmp_path / "run")
-    for table in (copy / "v1.0-mini").iterdir():
+    for table in (city_copy / "v1.0-mini").iterdir():
         os.utime(table)  # copied or unpacked tables have other modification times
     with monkeypatch.context() as patch:
         patch.setattr(NuScenesDataset, "contents", lambda self: "digest of other frames")
         with pytest.raises(UserError, match="was trained on other frames than .* has; give the folder of"):
-            pretrain(copy, run, "--resume", "auto")
-    pretrain(copy, run, "--resume", "auto")
-    assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(copy)
+            pretrain(city_copy, run, "--resume", "auto")
+    pretrain(city_copy, run, "--resume", "auto")
+    assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(city_copy)
 
 
-def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits_and_frames(city, copy):
+def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits_and_frames(city, city_copy):
     """The digest by which a resumed run checks that its frames are the same: of another split, or without one frame, it
     differs."""
     data = PRETRAIN["lidar"]["tiny"].data
@@ -369,11 +369,11 @@ def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits_and_f
     def contents(root, split="mini_train"):
         return NuScenesDataset(root, "v1.0-mini", split, data).contents()
 
-    assert contents(city) == contents(copy) != contents(city, "mini_val")
-    before = contents(copy)
-    index = NuScenesDataset(copy, "v1.0-mini", "mini_train", data).index
-    (copy / index.lidar_files[index.frame_lidar[0]].decode()).unlink()
-    assert contents(copy) != before
+    assert contents(city) == contents(city_copy) != contents(city, "mini_val")
+    before = contents(city_copy)
+    index = NuScenesDataset(city_copy, "v1.0-mini", "mini_train", data).index
+    (city_copy / index.lidar_files[index.frame_lidar[0]].decode()).unlink()
+    assert contents(city_copy) != before
 
 
 def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_run, city, tmp_path):

@@ -242,39 +242,39 @@ def cache_files(root):
     return sorted(f.name for f in (root / "unipad-index").glob("*objects*"))
 
 
-def test_objects_are_cut_out_once(copy, monkeypatch):
+def test_objects_are_cut_out_once(city_copy, monkeypatch):
     cuts = count_cuts(monkeypatch)
-    first, again = (load_objects(dataset_of(copy), PASTE) for _ in range(2))
-    n = len(dataset_of(copy))  # frames
-    assert len(cuts) == n and len(cache_files(copy)) == 2
+    first, again = (load_objects(dataset_of(city_copy), PASTE) for _ in range(2))
+    n = len(dataset_of(city_copy))  # frames
+    assert len(cuts) == n and len(cache_files(city_copy)) == 2
     for name, value in vars(first).items():
         np.testing.assert_array_equal(value, getattr(again, name))
-    load_objects(dataset_of(copy), replace(PASTE, counts=(1,) * 10))
+    load_objects(dataset_of(city_copy), replace(PASTE, counts=(1,) * 10))
     assert len(cuts) == n  # `counts` only matter for pasting
-    load_objects(dataset_of(copy, sweeps=2), PASTE)
-    load_objects(dataset_of(copy), replace(PASTE, min_points=9))
-    load_objects(dataset_of(copy, label_fraction=0.5), PASTE)
+    load_objects(dataset_of(city_copy, sweeps=2), PASTE)
+    load_objects(dataset_of(city_copy), replace(PASTE, min_points=9))
+    load_objects(dataset_of(city_copy, label_fraction=0.5), PASTE)
     # with 2 sweeps or another minimum all frames again, with half of the labels every second one
-    assert len(cuts) == 3 * n + (n + 1) // 2 and len(cache_files(copy)) == 8
+    assert len(cuts) == 3 * n + (n + 1) // 2 and len(cache_files(city_copy)) == 8
 
 
-def test_objects_are_cut_out_again_when_the_tables_change(copy):
-    before = load_objects(dataset_of(copy), PASTE)
+def test_objects_are_cut_out_again_when_the_tables_change(city_copy):
+    before = load_objects(dataset_of(city_copy), PASTE)
     before.file.with_name(f".{before.file.name}.999999999").touch()  # what a killed process left
-    table = copy / VERSION / "sample_annotation.json"
+    table = city_copy / VERSION / "sample_annotation.json"
     records = json.loads(table.read_text())
     for record in records:
         record["size"][2] += 1  # the height, in meters
     table.write_text(json.dumps(records))
-    after = load_objects(dataset_of(copy), PASTE)
+    after = load_objects(dataset_of(city_copy), PASTE)
     # not by exactly 1 m: higher boxes contain more points, so other objects may have enough
     assert after.boxes[:, 5].mean() > before.boxes[:, 5].mean() + 0.5
-    assert len(cache_files(copy)) == 2 and after.file.exists() and not before.file.exists()
+    assert len(cache_files(city_copy)) == 2 and after.file.exists() and not before.file.exists()
 
 
 @pytest.mark.parametrize("kind", ["bin", "npz"])
-def test_damaged_files_are_rebuilt(copy, monkeypatch, kind):
-    objects = load_objects(dataset_of(copy), PASTE)
+def test_damaged_files_are_rebuilt(city_copy, monkeypatch, kind):
+    objects = load_objects(dataset_of(city_copy), PASTE)
     path = objects.file.with_suffix(f".{kind}")
     content = path.read_bytes()
     middle = len(content) // 2
@@ -282,21 +282,21 @@ def test_damaged_files_are_rebuilt(copy, monkeypatch, kind):
     cuts = count_cuts(monkeypatch)
     for times, damaged in enumerate((content[:-100], flipped, b""), start=1):
         path.write_bytes(damaged)
-        assert load_objects(dataset_of(copy), PASTE).boxes.tolist() == objects.boxes.tolist()
-        assert len(cuts) == times * len(dataset_of(copy)) and path.read_bytes() == content
+        assert load_objects(dataset_of(city_copy), PASTE).boxes.tolist() == objects.boxes.tolist()
+        assert len(cuts) == times * len(dataset_of(city_copy)) and path.read_bytes() == content
 
 
-def test_the_cache_is_the_same_with_a_worker(copy):
-    objects = load_objects(dataset_of(copy), PASTE)
+def test_the_cache_is_the_same_with_a_worker(city_copy):
+    objects = load_objects(dataset_of(city_copy), PASTE)
     contents = objects.file.read_bytes()
     objects.file.unlink()
-    assert load_objects(dataset_of(copy), PASTE, workers=1).file.read_bytes() == contents
+    assert load_objects(dataset_of(city_copy), PASTE, workers=1).file.read_bytes() == contents
 
 
-def test_a_frame_that_cannot_be_read_is_named_and_left_out(copy, capsys):
-    dataset = dataset_of(copy)
+def test_a_frame_that_cannot_be_read_is_named_and_left_out(city_copy, capsys):
+    dataset = dataset_of(city_copy)
     before = load_objects(dataset, PASTE)
-    lost = copy / dataset.index.lidar_files[dataset.index.frame_lidar[0]].decode()
+    lost = city_copy / dataset.index.lidar_files[dataset.index.frame_lidar[0]].decode()
     lost.unlink()
     before.file.unlink()
     after = load_objects(dataset, PASTE)
@@ -304,29 +304,29 @@ def test_a_frame_that_cannot_be_read_is_named_and_left_out(copy, capsys):
     assert 0 < len(after.labels) < len(before.labels)
 
 
-def test_objects_are_cached_elsewhere_if_there_is_no_folder_next_to_the_data(copy, tmp_path):
-    (copy / "unipad-index").write_text("a file where the folder should be")
-    objects = load_objects(dataset_of(copy), PASTE)
+def test_objects_are_cached_elsewhere_if_there_is_no_folder_next_to_the_data(city_copy, tmp_path):
+    (city_copy / "unipad-index").write_text("a file where the folder should be")
+    objects = load_objects(dataset_of(city_copy), PASTE)
     assert objects.file.is_relative_to(tmp_path / "cache")  # the user's, by conftest's `own_user_cache`
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("another one")
     with pytest.raises(DataError, match=r"can be written neither to .*unipad-index nor to .*cache.*; make") as refused:
-        load_objects(dataset_of(copy), PASTE)
+        load_objects(dataset_of(city_copy), PASTE)
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
-def test_a_dataset_without_objects_is_a_user_error(copy):
+def test_a_dataset_without_objects_is_a_user_error(city_copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
-        load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
+        load_objects(dataset_of(city_copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
     for table in ("sample_annotation", "instance"):  # no boxes at all
-        (copy / VERSION / f"{table}.json").write_text("[]")
+        (city_copy / VERSION / f"{table}.json").write_text("[]")
     with pytest.raises(DataError, match="has an object of 5 LiDAR points"):
-        load_objects(dataset_of(copy), PASTE)
+        load_objects(dataset_of(city_copy), PASTE)
 
 
-def test_no_partial_file_is_left(copy, monkeypatch):
+def test_no_partial_file_is_left(city_copy, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="No space left"):
-        load_objects(dataset_of(copy), PASTE)
-    assert not cache_files(copy)
+        load_objects(dataset_of(city_copy), PASTE)
+    assert not cache_files(city_copy)

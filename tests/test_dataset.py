@@ -126,16 +126,16 @@ def test_label_fractions_are_checked_by_the_base_class(toy, tmp_path):
         toy(tmp_path, "any", "all", data, label_fraction=0.7)
 
 
-def test_the_default_dataset_is_nuscenes_with_its_splits(copy):
+def test_the_default_dataset_is_nuscenes_with_its_splits(city_copy):
     assert dataset_class(DEFAULT_DATASET) is NuScenesDataset
-    assert NuScenesDataset.train_val_splits(copy, "v1.0-mini") == ("mini_train", "mini_val")
-    (copy / "v1.0-mini").rename(copy / "v1.0-test")
-    assert NuScenesDataset.splits(copy, "v1.0-test") == {"test": "test"}
+    assert NuScenesDataset.train_val_splits(city_copy, "v1.0-mini") == ("mini_train", "mini_val")
+    (city_copy / "v1.0-mini").rename(city_copy / "v1.0-test")
+    assert NuScenesDataset.splits(city_copy, "v1.0-test") == {"test": "test"}
     with pytest.raises(DataError, match="v1.0-test has no training split"):
-        NuScenesDataset.train_val_splits(copy, "v1.0-test")
-    (copy / "v1.0-test").rename(copy / "v2")
+        NuScenesDataset.train_val_splits(city_copy, "v1.0-test")
+    (city_copy / "v1.0-test").rename(city_copy / "v2")
     with pytest.raises(DataError, match="--version v2 is not known; use v1.0-trainval, v1.0-test, v1.0-mini, or list"):
-        NuScenesDataset.train_val_splits(copy, "v2")
+        NuScenesDataset.train_val_splits(city_copy, "v2")
 
 
 @pytest.mark.parametrize("name", ["", "toy_set", "toy_set:", "toy_set:Nobody", "no_such.module:Toy", ":Toy"])

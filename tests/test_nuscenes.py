@@ -218,16 +218,16 @@ def test_point_labels_match_the_devkit(nusc, dataset):
     assert not sample.point_labels[~keyframe].any()
 
 
-def test_a_dataset_without_lidarseg_has_no_point_labels(copy):
-    (copy / VERSION / "lidarseg.json").unlink()
-    assert NuScenesDataset(copy, VERSION, "mini_val", Data())[0].point_labels is None
+def test_a_dataset_without_lidarseg_has_no_point_labels(city_copy):
+    (city_copy / VERSION / "lidarseg.json").unlink()
+    assert NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0].point_labels is None
 
 
-def test_a_dataset_without_annotations_has_no_boxes(copy):
+def test_a_dataset_without_annotations_has_no_boxes(city_copy):
     """As in the test split of nuScenes."""
     for table in ("sample_annotation", "instance"):
-        (copy / VERSION / f"{table}.json").write_text("[]")
-    sample = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+        (city_copy / VERSION / f"{table}.json").write_text("[]")
+    sample = NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0]
     assert sample.boxes.shape == (0, 9) and sample.labels.shape == (0,)
     assert collate([sample, sample]).box_counts.tolist() == [0, 0]
 
@@ -365,9 +365,9 @@ def halve_with_thumbnail(path):
         ("labels", lambda p: p.write_bytes(b"\xff" * p.stat().st_size), "label 255, which is the index of no category"),
     ],
 )
-def test_a_bad_frame_is_named_and_replaced_by_another(copy, kind, damage, reason):
-    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
-    path = first_file(copy, dataset, kind)
+def test_a_bad_frame_is_named_and_replaced_by_another(city_copy, kind, damage, reason):
+    dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data())
+    path = first_file(city_copy, dataset, kind)
     damage(path)
     with pytest.raises(BadFrame, match=reason) as bad:
         dataset[0]
@@ -380,10 +380,10 @@ def test_a_bad_frame_is_named_and_replaced_by_another(copy, kind, damage, reason
     assert [b.tokens for _, b in held_out_batches(dataset, count=1)] == [(tokens[1],)]
 
 
-def test_an_image_of_a_huge_size_is_rejected_before_decoding(copy, monkeypatch):
+def test_an_image_of_a_huge_size_is_rejected_before_decoding(city_copy, monkeypatch):
     """Its header says 30,000 x 30,000 pixels, which would be 2.7 GB."""
-    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
-    path = first_file(copy, dataset, "image")
+    dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data())
+    path = first_file(city_copy, dataset, "image")
     content = bytearray(path.read_bytes())
     start = content.index(b"\xff\xc0") + 5  # height and width (2 bytes each) in a JPEG's frame header
     content[start : start + 4] = (30_000).to_bytes(2, "big") * 2
@@ -395,19 +395,19 @@ def test_an_image_of_a_huge_size_is_rejected_before_decoding(copy, monkeypatch):
     assert max((image.size for image in decoded), default=0) <= 3 * 72 * 128  # no more than an image of the city
 
 
-def test_a_broken_sweep_affects_only_the_frames_that_use_it(copy):
-    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2))
+def test_a_broken_sweep_affects_only_the_frames_that_use_it(city_copy):
+    dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data(sweeps=2))
     sweep = dataset.index.lidar_prev[dataset.index.frame_lidar[1]]
-    (copy / dataset.index.lidar_files[sweep].decode()).unlink()
+    (city_copy / dataset.index.lidar_files[sweep].decode()).unlink()
     with pytest.raises(BadFrame, match="missing"):
         dataset[1]
     assert len(dataset[0].points) and len(dataset[2].points)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_no_readable_frame_is_a_user_error(copy, workers):
-    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
-    shutil.rmtree(copy / "samples" / "LIDAR_TOP")
+def test_no_readable_frame_is_a_user_error(city_copy, workers):
+    dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data())
+    shutil.rmtree(city_copy / "samples" / "LIDAR_TOP")
     with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):
         next(step_batches(dataset, micro_batch=1, workers=workers))
     with pytest.raises(DataError, match="none of the"):

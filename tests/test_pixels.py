@@ -104,24 +104,24 @@ def test_without_pixels_everything_else_is_the_same(city):
         color(collate(read[0]).to("cpu"), generators(0, 0, [0, 1], "cpu"))
 
 
-def test_an_image_that_is_not_read_may_be_damaged(copy):
+def test_an_image_that_is_not_read_may_be_damaged(city_copy):
     """It has the size in the tables. A dataset opened after a file is missing leaves its frame out, as with pixels."""
-    without, with_pixels = train_sets(copy)
-    missing, damaged = (copy / with_pixels.index.image_files[frame, 2].decode() for frame in (0, 1))
+    without, with_pixels = train_sets(city_copy)
+    missing, damaged = (city_copy / with_pixels.index.image_files[frame, 2].decode() for frame in (0, 1))
     missing.unlink()
     damaged.write_bytes(b"not a picture")
     for i in (0, 1):
         with pytest.raises(BadFrame, match="is missing|not an image"):
             with_pixels[i]
         assert without[i].images[2].shape == (128, 224, 0)
-    without, with_pixels = train_sets(copy)
+    without, with_pixels = train_sets(city_copy)
     assert without.frames.tolist() == with_pixels.frames.tolist() and 0 not in without.frames
     assert without.contents() == with_pixels.contents()
-    tables = NuScenesDataset(copy, VERSION, "mini_train", Data()).without_pixels()
+    tables = NuScenesDataset(city_copy, VERSION, "mini_train", Data()).without_pixels()
     sample = tables[1]
     assert sample.images[0].shape == (72, 128, 0)
     np.testing.assert_array_equal(
-        sample.lidar2image, NuScenesDataset(copy, VERSION, "mini_train", Data())[1].lidar2image
+        sample.lidar2image, NuScenesDataset(city_copy, VERSION, "mini_train", Data())[1].lidar2image
     )
 
 

@@ -92,10 +92,10 @@ def set_rig(root, rig):
 
 
 @pytest.fixture(params=RIGS)
-def rig(request, copy):
+def rig(request, city_copy):
     """(root of a dataset, its cameras as in `RIGS`)"""
-    set_rig(copy, RIGS[request.param])
-    return copy, RIGS[request.param]
+    set_rig(city_copy, RIGS[request.param])
+    return city_copy, RIGS[request.param]
 
 
 def test_a_rig_is_read_as_its_tables_say(rig, city):
@@ -152,21 +152,23 @@ def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
 
 
 @pytest.mark.slow
-def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
+def test_eight_cameras_of_eight_sizes_through_all_scripts(city_copy, tmp_path):
     """Half of the cameras have PNGs, half of the images are smaller than the tables say, one frame of each split misses
     a file."""
-    set_rig(copy, RIGS[8])
-    rows = [row for row in read(copy, "sample_data") if "cam" in row["filename"]]
+    set_rig(city_copy, RIGS[8])
+    rows = [row for row in read(city_copy, "sample_data") if "cam" in row["filename"]]
     for row in rows[::2]:
-        file = copy / row["filename"]
+        file = city_copy / row["filename"]
         image = cv2.imread(str(file))
         cv2.imwrite(str(file), cv2.resize(image, (row["width"] // 2, row["height"] // 2)))
-    (copy / rows[0]["filename"]).unlink()  # of mini_train
-    (copy / rows[-1]["filename"]).unlink()  # of mini_val
+    (city_copy / rows[0]["filename"]).unlink()  # of mini_train
+    (city_copy / rows[-1]["filename"]).unlink()  # of mini_val
     of_train = ["train.py", *TRAIN_FLAGS, "--val-every", 1, "--out", tmp_path / "train"]
     of_finetune = ["finetune.py", *FINETUNE_FLAGS, "--pretrained", tmp_path / "train", "--out", tmp_path / "finetune"]
     for arguments in (of_train, of_finetune):
-        done = scripts.run(*arguments, "--modality", "camera", "--preset", "tiny", "--data-root", copy, "--steps", 1)
+        done = scripts.run(
+            *arguments, "--modality", "camera", "--preset", "tiny", "--data-root", city_copy, "--steps", 1
+        )
         # once for each split
         assert done.returncode == 0 and done.stderr.count("1 of 3 frames are left out") == 2, done.stderr
     assert curve(tmp_path / "train", "val/psnr")[1] > 0 and curve(tmp_path / "finetune")[1] > 0
@@ -176,104 +178,104 @@ def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
         assert len(list((tmp_path / run / "eval").glob("*.png"))) == 1
 
 
-def test_a_frame_without_one_of_the_cameras_is_left_out(copy, capsys):
+def test_a_frame_without_one_of_the_cameras_is_left_out(city_copy, capsys):
     """The camera is kept, since the other frames have it."""
-    rows = read(copy, "sample_data")
+    rows = read(city_copy, "sample_data")
     removed = next(row for row in rows if "CAM_BACK/" in row["filename"] and row["is_key_frame"])
     for row in rows:
         if row["prev"] == removed["token"]:
             row["prev"] = ""
-    write(copy, "sample_data", [row for row in rows if row is not removed])
-    datasets = [NuScenesDataset(copy, VERSION, split, Data()) for split in ("mini_train", "mini_val")]
+    write(city_copy, "sample_data", [row for row in rows if row is not removed])
+    datasets = [NuScenesDataset(city_copy, VERSION, split, Data()) for split in ("mini_train", "mini_val")]
     assert sum(map(len, datasets)) == 5 and all(len(d[0].images) == 6 for d in datasets)
     assert "1 of 3 frames are left out; missing: CAM_BACK in the tables" in capsys.readouterr().err
-    assert sum(len(NuScenesDataset(copy, VERSION, d.split, Data(cameras=False))) for d in datasets) == 6
+    assert sum(len(NuScenesDataset(city_copy, VERSION, d.split, Data(cameras=False))) for d in datasets) == 6
 
 
-def test_a_dataset_without_cameras_is_read(copy):
-    set_rig(copy, {})
-    assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
+def test_a_dataset_without_cameras_is_read(city_copy):
+    set_rig(city_copy, {})
+    assert not NuScenesDataset.has_images(city_copy, VERSION, "mini_val")
     for data in (Data(), Data(cameras=False), Data(camera_sweeps=2)):
-        sample = NuScenesDataset(copy, VERSION, "mini_val", data)[0]
+        sample = NuScenesDataset(city_copy, VERSION, "mini_val", data)[0]
         assert not sample.images and sample.lidar2image.shape == (0, 4, 4) and len(sample.points)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.5])
-def test_a_scaled_copy_of_an_image_keeps_its_geometry(copy, scale):
+def test_a_scaled_copy_of_an_image_keeps_its_geometry(city_copy, scale):
     """If files are not 72 x 128 as the tables say, intrinsics are scaled, with and without `image_size`."""
-    before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
-    resized = NuScenesDataset(copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
-    for file in copy.glob("samples/CAM_*/*.jpg"):
+    before = NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0]
+    resized = NuScenesDataset(city_copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
+    for file in city_copy.glob("samples/CAM_*/*.jpg"):
         image = cv2.imread(str(file))
         # one row less than the exact size, as rounding may give it
         cv2.imwrite(str(file), cv2.resize(image, (round(128 * scale), round(72 * scale) - 1)))
-    after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+    after = NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0]
     h, w = after.images[0].shape[:2]
     assert (h, w) == (round(72 * scale) - 1, round(128 * scale))
     scaled = np.diag([w / 128, h / 72, 1, 1]) @ before.lidar2image
     np.testing.assert_allclose(after.lidar2image, scaled, rtol=1e-5, atol=1e-3)
-    again = NuScenesDataset(copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
+    again = NuScenesDataset(city_copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
     np.testing.assert_allclose(again.lidar2image, resized.lidar2image, rtol=1e-5, atol=1e-3)
 
 
-def test_the_orientation_in_exif_data_is_ignored(copy):
+def test_the_orientation_in_exif_data_is_ignored(city_copy):
     """A viewer would rotate the image by 180 degrees; the calibration is that of the stored pixels."""
     from PIL import Image
 
-    before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
-    for file in copy.glob("samples/CAM_*/*.jpg"):
+    before = NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0].images
+    for file in city_copy.glob("samples/CAM_*/*.jpg"):
         exif = Image.Exif()
         exif[0x0112] = 3  # orientation: rotated by 180 degrees
         with Image.open(file) as image:
             image.save(file, exif=exif, quality=100)
-    after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
+    after = NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0].images
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(after, before, strict=True)) < 3  # of 255: JPEG loss
 
 
-def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
+def test_frames_with_missing_files_are_left_out_and_named(city_copy, capsys):
     """Only files that are read count: a LiDAR run needs no image."""
-    index = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2)).index
+    index = NuScenesDataset(city_copy, VERSION, "mini_val", Data(sweeps=2)).index
     # an image of frame 0, and the sweep before the keyframe of frame 2
     removed = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
     for name in removed:
-        (copy / name).unlink()
+        (city_copy / name).unlink()
     # (whether images are read, LiDAR frames per sample) -> frames that remain
     expected = {(True, 1): [1, 2], (True, 2): [1], (False, 1): [0, 1, 2], (False, 2): [0, 1]}
     for (cameras, sweeps), frames in expected.items():
         capsys.readouterr()
-        dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(cameras=cameras, sweeps=sweeps))
+        dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data(cameras=cameras, sweeps=sweeps))
         assert dataset.frames.tolist() == frames and all(dataset[i].token for i in range(len(frames)))  # readable
         printed = capsys.readouterr().err
         assert (f"{3 - len(frames)} of 3 frames are left out; missing: " in printed) == (len(frames) < 3)
         assert [name in printed for name in removed] == [cameras, sweeps == 2]
         assert {i for rows in dataset.scenes().values() for i in rows} == set(range(len(frames)))
-    for file in copy.glob("samples/CAM_FRONT/*"):
+    for file in city_copy.glob("samples/CAM_FRONT/*"):
         file.unlink()
-    assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
+    assert not NuScenesDataset.has_images(city_copy, VERSION, "mini_val")
     with pytest.raises(DataError, match="no frame of .* mini_val has all its files; .*: 1 of samples/CAM_BACK, 3 of"):
-        NuScenesDataset(copy, VERSION, "mini_val", Data())
+        NuScenesDataset(city_copy, VERSION, "mini_val", Data())
     for script in (train, finetune):
-        args = script.parse(["--modality", "camera", "--preset", "tiny", "--data-root", copy])
+        args = script.parse(["--modality", "camera", "--preset", "tiny", "--data-root", city_copy])
         with pytest.raises(
             DataError, match="no frame of .* mini_train has all its files; .* missing: samples/CAM_FRONT/"
         ):
             script.open_datasets(args, World(0, 1, torch.device("cpu")))
 
 
-def test_a_dataset_without_its_sweep_files_is_a_user_error(copy):
-    for file in copy.glob("sweeps/LIDAR_TOP/*"):
+def test_a_dataset_without_its_sweep_files_is_a_user_error(city_copy):
+    for file in city_copy.glob("sweeps/LIDAR_TOP/*"):
         file.unlink()
     with pytest.raises(
         DataError, match="has none of the sweeps, such as .*; unpack them, or .* with --data.sweeps 1.$"
     ):
-        NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=10))
-    assert len(NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=1))) == 3
-    rows = read(copy, "sample_data")  # without sweeps in the tables too, earlier keyframes are used instead
+        NuScenesDataset(city_copy, VERSION, "mini_train", Data(sweeps=10))
+    assert len(NuScenesDataset(city_copy, VERSION, "mini_train", Data(sweeps=1))) == 3
+    rows = read(city_copy, "sample_data")  # without sweeps in the tables too, earlier keyframes are used instead
     sweeps = {row["token"]: row for row in rows if not row["is_key_frame"]}
     for row in rows:
         while row["prev"] in sweeps:
             row["prev"] = sweeps[row["prev"]]["prev"]
-    write(copy, "sample_data", [row for row in rows if row["token"] not in sweeps])
-    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=10))
+    write(city_copy, "sample_data", [row for row in rows if row["token"] not in sweeps])
+    dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data(sweeps=10))
     # time lags: one for each keyframe whose points are in the cloud
     assert [len(set(dataset[i].points[:, 4])) for i in range(3)] == [1, 2, 3]

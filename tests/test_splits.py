@@ -15,15 +15,15 @@ pytestmark = pytest.mark.usefixtures("own_user_cache")
 
 
 @pytest.fixture
-def root(copy):
+def root(city_copy):
     """Root of a dataset with version rig-7 and scenes harbor and tunnel."""
-    folder = (copy / "v1.0-mini").rename(copy / "rig-7")
+    folder = (city_copy / "v1.0-mini").rename(city_copy / "rig-7")
     (folder / "lidarseg.json").unlink()  # the devkit would look for its labels in lidarseg/rig-7, which is missing
     table = folder / "scene.json"
     table.write_text(table.read_text().replace("scene-0061", "harbor").replace("scene-0103", "tunnel"))
     # the endings _train and _val say what a split is for; the name dark does not
-    write_splits(copy, {"city_train": ["harbor"], "city_val": ["tunnel"], "dark": ["tunnel"]})
-    return copy
+    write_splits(city_copy, {"city_train": ["harbor"], "city_val": ["tunnel"], "dark": ["tunnel"]})
+    return city_copy
 
 
 def write_splits(root, splits):
@@ -56,9 +56,9 @@ def test_a_changed_splits_json_takes_effect(root):
     assert scene_names(root, "city_train") == ["tunnel"]
 
 
-def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
-    (copy / "v1.0-mini/splits.json").write_text('{"dark": ["scene-0103"]}')
-    assert NuScenesDataset.splits(copy, "v1.0-mini") == {"train": "mini_train", "val": "mini_val", "dark": "dark"}
+def test_splits_json_adds_to_the_splits_of_nuscenes(city_copy):
+    (city_copy / "v1.0-mini/splits.json").write_text('{"dark": ["scene-0103"]}')
+    assert NuScenesDataset.splits(city_copy, "v1.0-mini") == {"train": "mini_train", "val": "mini_val", "dark": "dark"}
 
 
 @pytest.mark.parametrize(

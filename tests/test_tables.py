@@ -15,10 +15,10 @@ VERSION = "v1.0-mini"
 pytestmark = pytest.mark.usefixtures("own_user_cache")
 
 
-def test_both_layouts_read_the_same(city, copy, tmp_path):
+def test_both_layouts_read_the_same(city, city_copy, tmp_path):
     """Tables in <root>/<version>, and in <root>/<version>/<version> as in OpenPCDet."""
     (tmp_path / "nested").mkdir()
-    copy.rename(tmp_path / "nested" / VERSION)
+    city_copy.rename(tmp_path / "nested" / VERSION)
     nested = NuScenesDataset(tmp_path / "nested", VERSION, "mini_val", Data())[1]
     flat = NuScenesDataset(city, VERSION, "mini_val", Data())[1]
     assert nested.token == flat.token
@@ -33,41 +33,41 @@ def count_builds(monkeypatch):
     return builds
 
 
-def test_the_index_is_built_once_for_all_splits(copy, monkeypatch):
+def test_the_index_is_built_once_for_all_splits(city_copy, monkeypatch):
     builds = count_builds(monkeypatch)
-    (copy / "unipad-index").mkdir()
-    (copy / "unipad-index" / f".{VERSION}-mini_val.npz.99999999").touch()  # unfinished, of a killed process
-    first = NuScenesDataset(copy, VERSION, "mini_val", Data())
-    again = NuScenesDataset(copy, VERSION, "mini_val", Data())
-    NuScenesDataset(copy, VERSION, "mini_train", Data())
+    (city_copy / "unipad-index").mkdir()
+    (city_copy / "unipad-index" / f".{VERSION}-mini_val.npz.99999999").touch()  # unfinished, of a killed process
+    first = NuScenesDataset(city_copy, VERSION, "mini_val", Data())
+    again = NuScenesDataset(city_copy, VERSION, "mini_val", Data())
+    NuScenesDataset(city_copy, VERSION, "mini_train", Data())
     assert len(builds) == 1
     for name, array in vars(first.index).items():
         np.testing.assert_array_equal(array, getattr(again.index, name))
-    files = {file.name for file in (copy / "unipad-index").iterdir()}
+    files = {file.name for file in (city_copy / "unipad-index").iterdir()}
     assert files == {f"{VERSION}-mini_train.npz", f"{VERSION}-mini_val.npz"}
 
 
-def test_the_index_is_rebuilt_when_the_tables_change(copy, monkeypatch):
+def test_the_index_is_rebuilt_when_the_tables_change(city_copy, monkeypatch):
     builds = count_builds(monkeypatch)
-    before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
-    table = copy / VERSION / "sample_annotation.json"
+    before = NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0]
+    table = city_copy / VERSION / "sample_annotation.json"
     records = json.loads(table.read_text())
     for record in records:
         record["size"][2] += 1  # height
     table.write_text(json.dumps(records))
-    after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+    after = NuScenesDataset(city_copy, VERSION, "mini_val", Data())[0]
     assert len(builds) == 2
     np.testing.assert_allclose(after.boxes[:, 5], before.boxes[:, 5] + 1, atol=1e-5)  # 5: height
 
 
-def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
+def test_a_damaged_index_is_rebuilt(city_copy, monkeypatch):
     """A truncated or replaced file, or one flipped bit: there is never an error or a different index.
 
     A bit in the archive's metadata, such as a time, may be without effect: then the file stays.
     """
     builds = count_builds(monkeypatch)
-    first = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
-    path, rng = copy / "unipad-index" / f"{VERSION}-mini_val.npz", np.random.default_rng(0)
+    first = NuScenesDataset(city_copy, VERSION, "mini_val", Data()).index
+    path, rng = city_copy / "unipad-index" / f"{VERSION}-mini_val.npz", np.random.default_rng(0)
     content, rebuilt = path.read_bytes(), 0
 
     def flipped():
@@ -78,7 +78,7 @@ def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
     for damaged in (content[:1000], b"", b"PK" + bytes(900), *(flipped() for _ in range(30))):
         builds.clear()
         path.write_bytes(damaged)
-        index = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
+        index = NuScenesDataset(city_copy, VERSION, "mini_val", Data()).index
         for name, array in vars(first).items():
             np.testing.assert_array_equal(array, getattr(index, name))
         assert len(builds) == (1 if path.read_bytes() != damaged else 0)  # rebuilt, and written again
@@ -86,23 +86,23 @@ def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
     assert rebuilt >= 15  # of 33; the other bits had no effect
 
 
-def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monkeypatch):
+def test_a_root_that_cannot_be_written_uses_the_users_cache(city_copy, tmp_path, monkeypatch):
     builds = count_builds(monkeypatch)
-    (copy / "unipad-index").write_text("a file where the folder should be")
+    (city_copy / "unipad-index").write_text("a file where the folder should be")
     for _ in range(2):
-        NuScenesDataset(copy, VERSION, "mini_val", Data())
+        NuScenesDataset(city_copy, VERSION, "mini_val", Data())
     assert len(builds) == 1
     assert list((tmp_path / "cache" / "unipad").rglob("*.npz"))
 
 
-def test_a_full_disk_leaves_no_partial_index(copy, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_index(city_copy, tmp_path, monkeypatch):
     def save(file, **arrays):
         file.write(b"part")
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez_compressed", save)
-    assert len(NuScenesDataset(copy, VERSION, "mini_val", Data()))
-    assert not [*(copy / "unipad-index").iterdir(), *(tmp_path / "cache").rglob("*.npz*")]
+    assert len(NuScenesDataset(city_copy, VERSION, "mini_val", Data()))
+    assert not [*(city_copy / "unipad-index").iterdir(), *(tmp_path / "cache").rglob("*.npz*")]
 
 
 def assert_refused(words, root, version=VERSION, split="mini_val"):
@@ -114,7 +114,7 @@ def assert_refused(words, root, version=VERSION, split="mini_val"):
     assert "\n" not in sentence and sentence.endswith(".")
 
 
-def test_a_missing_dataset_version_split_or_table_is_a_user_error(city, copy, tmp_path):
+def test_a_missing_dataset_version_split_or_table_is_a_user_error(city, city_copy, tmp_path):
     (tmp_path / "empty").mkdir()
     assert_refused(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
     assert_refused([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
@@ -123,16 +123,16 @@ def test_a_missing_dataset_version_split_or_table_is_a_user_error(city, copy, tm
     assert_refused(["no split val", "mini_train and mini_val", "v1.0-trainval"], city, VERSION, "val")
     assert_refused(["no split nonsense", "mini_train and mini_val"], city, VERSION, "nonsense")
 
-    shutil.rmtree(copy / "maps")
-    assert_refused([copy / VERSION, "map mask"], copy)
-    (copy / VERSION / "ego_pose.json").unlink()
-    assert_refused([copy / VERSION, "lacks ego_pose.json"], copy)
+    shutil.rmtree(city_copy / "maps")
+    assert_refused([city_copy / VERSION, "map mask"], city_copy)
+    (city_copy / VERSION / "ego_pose.json").unlink()
+    assert_refused([city_copy / VERSION, "lacks ego_pose.json"], city_copy)
 
 
-def test_a_split_without_scenes_is_rejected(copy):
-    table = copy / VERSION / "scene.json"
+def test_a_split_without_scenes_is_rejected(city_copy):
+    table = city_copy / VERSION / "scene.json"
     table.write_text(table.read_text().replace("scene-0103", "scene-9103").replace("scene-0916", "scene-9916"))
-    assert_refused(["no frame of split mini_val"], copy)
+    assert_refused(["no frame of split mini_val"], city_copy)
 
 
 def change_row(root, table, change):
@@ -192,11 +192,11 @@ def nested_lists(depth):
         ("visibility", "token", "1", "has the token of an earlier row, 1"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_table(copy, table, field, value, words):
-    change_row(copy, table, lambda row: row.update({field: value}))
+def test_a_wrong_value_is_named_with_its_table(city_copy, table, field, value, words):
+    change_row(city_copy, table, lambda row: row.update({field: value}))
     # where no map has a log, the fault is reported for the log
     where = "log.json, row 0" if field == "log_tokens" else f"{table}.json, row "
-    assert_refused([copy / VERSION, where, words], copy)
+    assert_refused([city_copy / VERSION, where, words], city_copy)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +211,18 @@ def test_a_wrong_value_is_named_with_its_table(copy, table, field, value, words)
         (b"[null]", "row 0: is not an object"),
     ],
 )
-def test_a_file_that_is_no_table_is_named(copy, content, words):
-    (copy / VERSION / "sensor.json").write_bytes(content)
-    assert_refused([copy / VERSION / "sensor.json", words], copy)
+def test_a_file_that_is_no_table_is_named(city_copy, content, words):
+    (city_copy / VERSION / "sensor.json").write_bytes(content)
+    assert_refused([city_copy / VERSION / "sensor.json", words], city_copy)
 
 
-def test_an_image_without_a_size_is_named(copy):
-    file = copy / VERSION / "sample_data.json"
+def test_an_image_without_a_size_is_named(city_copy):
+    file = city_copy / VERSION / "sample_data.json"
     rows = json.loads(file.read_text())
     number = next(i for i, row in enumerate(rows) if "CAM_BACK/" in row["filename"])
     rows[number]["width"] = 0
     file.write_text(json.dumps(rows))
-    assert_refused([f"sample_data.json, row {number}: height and width of an image are 72 and 0"], copy)
+    assert_refused([f"sample_data.json, row {number}: height and width of an image are 72 and 0"], city_copy)
 
 
 @pytest.mark.parametrize(
@@ -234,21 +234,21 @@ def test_an_image_without_a_size_is_named(copy):
         ("CAM_BACK", "ego_pose", "translation", [9e3, 9e3, 0], "puts a camera "),
     ],
 )
-def test_a_jump_in_time_or_space_is_named(copy, channel, table, field, value, words):
+def test_a_jump_in_time_or_space_is_named(city_copy, channel, table, field, value, words):
     """The wrong value is in a channel's fourth sample_data record, or in its ego pose (which has the same token)."""
-    frames = json.loads((copy / VERSION / "sample_data.json").read_text())
+    frames = json.loads((city_copy / VERSION / "sample_data.json").read_text())
     token = [row["token"] for row in frames if f"/{channel}/" in row["filename"]][3]
-    rows = json.loads((copy / VERSION / f"{table}.json").read_text())
+    rows = json.loads((city_copy / VERSION / f"{table}.json").read_text())
     number = next(i for i, row in enumerate(rows) if row["token"] == token)
     rows[number][field] = value
-    (copy / VERSION / f"{table}.json").write_text(json.dumps(rows))
-    assert_refused([f"{table}.json, row ", words], copy)
+    (city_copy / VERSION / f"{table}.json").write_text(json.dumps(rows))
+    assert_refused([f"{table}.json, row ", words], city_copy)
 
 
-def test_invalid_boxes_are_left_out_and_named(copy, capsys):
-    before = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
+def test_invalid_boxes_are_left_out_and_named(city_copy, capsys):
+    before = NuScenesDataset(city_copy, VERSION, "mini_val", Data()).index
     assert not len(before.left_out)
-    file = copy / VERSION / "sample_annotation.json"
+    file = city_copy / VERSION / "sample_annotation.json"
     rows = json.loads(file.read_text())
     samples = {token.decode() for token in before.tokens}
     numbers = [i for i, r in enumerate(rows) if r["sample_token"] in samples and r["num_lidar_pts"] > 0][-4:]
@@ -261,7 +261,7 @@ def test_invalid_boxes_are_left_out_and_named(copy, capsys):
     for number, change in zip(numbers, wrong, strict=True):
         rows[number].update(change)
     file.write_text(json.dumps(rows))
-    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data())
     messages = b" ".join(dataset.index.left_out).decode()
     assert all(f"row {number}: " in messages for number in numbers)
     assert len(dataset.index.labels) == len(before.labels) - 4 and np.isfinite(dataset.index.boxes).all()
@@ -270,13 +270,13 @@ def test_invalid_boxes_are_left_out_and_named(copy, capsys):
     assert np.abs(dataset.index.boxes[:, 7:]).max() < 200  # m/s: none is computed from a wrong translation
 
 
-def test_a_home_folder_is_expanded(copy, monkeypatch):
-    monkeypatch.setenv("HOME", str(copy.parent))
-    assert NuScenesDataset("~/city", VERSION, "mini_val", Data()).root == copy
+def test_a_home_folder_is_expanded(city_copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(city_copy.parent))
+    assert NuScenesDataset("~/city", VERSION, "mini_val", Data()).root == city_copy
 
 
-def test_scenes_reports_a_damaged_scene_table(copy):
-    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
-    (copy / VERSION / "scene.json").write_text("[3]")
+def test_scenes_reports_a_damaged_scene_table(city_copy):
+    dataset = NuScenesDataset(city_copy, VERSION, "mini_val", Data())
+    (city_copy / VERSION / "scene.json").write_text("[3]")
     with pytest.raises(DataError, match="scene.json, row 0"):
         dataset.scenes()

@@ -12,9 +12,10 @@ TYPES = dict(coords_ptr="*i32", keys_ptr="*i64")
 LAUNCHES = [Launch("_keys_kernel", dict(BLOCK=BLOCK), TYPES, elements=("fp32",), registers=32)]
 
 # sets of voxels: B, (Z, Y, X), number of voxels
-SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)  # some of the cells, all of them
+SPARSE = (3, (5, 7, 9), 200)  # 200 of 945 cells
+FULL = (1, (3, 3, 3), 27)  # all cells
 SETS = [
-    SOME,
+    SPARSE,
     FULL,
     (1, (1, 1, 1), 1),
     (2, (9, 8, 4), BLOCK),  # exactly one block

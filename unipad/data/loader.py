@@ -97,7 +97,7 @@ def all_batches(
 
 def _check_batch_size(dataset, size, workers):
     """Raises `UserError` for a batch so large that the system would kill the program."""
-    # smaller batches are assumed to fit, so that no frame is read here
+    # batches of up to 64 samples are assumed to fit: no frame is read for them here
     sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
         image_bytes = sum(image.nbytes for image in sample.images)

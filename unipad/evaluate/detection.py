@@ -22,8 +22,11 @@ def evaluate_detections(
 ) -> dict[str, float]:
     """Detect in every frame of a split and score with the devkit.
 
-    model, dataset, world, detect, batch_size, workers: as for `detect_all`.
-    folder: for `results_nusc.json` and `metrics_summary.json`, the devkit's summary.
+    dataset: all frames of a split; each process of `world` takes its share of them.
+    folder:  for `results_nusc.json` and `metrics_summary.json`, the devkit's summary.
+    detect:  function of a batch in place of `model.detect`, such as
+        `partial(tta.detect_tta, model.detect, transforms)`.
+    batch_size: samples per batch and process. workers: data loading processes per process.
 
     Returns NDS, mAP, mATE (meters), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame of
     which a file is missing or cannot be read counts as one without detections, since the devkit scores whole splits.
@@ -56,8 +59,7 @@ def detect_all(
 ) -> dict[str, Detections] | None:
     """{sample token: `Detections` on the host} for every frame, in the main process; None in the others.
 
-    model, dataset, world, batch_size, workers: as for `predict_all`, which describes how bad frames are handled.
-    detect: function of a batch in place of `model.detect`, such as `partial(tta.detect_tta, model.detect, transforms)`.
+    Arguments as for `evaluate_detections`; `predict_all` describes how bad frames are handled.
     """
 
     def predict(batch):

@@ -36,8 +36,12 @@ def evaluate_segmentation(
 ) -> dict[str, float]:
     """Segment every frame of a split and score with the devkit.
 
-    model, dataset, world, segment, batch_size, workers: as for `segment_all`.
-    folder: for the files and `segmentation_summary.json` (see `score_segmentation`).
+    dataset: all frames of a split, with all their points (no `point_range`), since each of them needs a class; each
+        process of `world` takes its share of the frames.
+    folder:  for the files and `segmentation_summary.json` (see `score_segmentation`).
+    segment: function of a batch in place of `model.segment`, such as
+        `partial(tta.segment_tta, model.logits, transforms)`.
+    batch_size: samples per batch and process. workers: data loading processes per process.
 
     Returns mIoU, mAcc, allAcc, the same in every process. A frame that cannot be read does not count.
     """
@@ -60,10 +64,7 @@ def segment_all(
 ) -> dict[str, torch.Tensor] | None:
     """{sample token: [K] uint8 classes of its points, on the host}, in the main process; None in the others.
 
-    model, dataset, world, batch_size, workers: as for `predict_all`, which describes how bad frames are handled; the
-        dataset must not crop points (`point_range`), since each of them needs a class.
-    segment: function of a batch in place of `model.segment`, such as
-        `partial(tta.segment_tta, model.logits, transforms)`.
+    Arguments as for `evaluate_segmentation`; `predict_all` describes how bad frames are handled.
     """
 
     def predict(batch):

@@ -166,8 +166,10 @@ class _FakeDevice(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return number
         if func is aten._unique2.default:  # args: tensor, sorted, return_inverse, return_counts; absent: False
-            inverse, counts = (len(args[0]) if returned else 0 for returned in (*args[2:], False, False)[:2])
-            return args[0].new_empty(number), *(args[0].new_empty(n, dtype=torch.int64) for n in (inverse, counts))
+            return_inverse, return_counts = (*args[2:], False, False)[:2]
+            inverse = args[0].new_empty(args[0].shape if return_inverse else 0, dtype=torch.int64)
+            counts = args[0].new_empty(number if return_counts else 0, dtype=torch.int64)
+            return args[0].new_empty(number), inverse, counts
         if func is aten.nonzero.default:
             return args[0].new_empty(number, args[0].dim(), dtype=torch.int64)
         if func is aten.index.Tensor:

@@ -180,6 +180,7 @@ for name in json.load(sys.stdin):
     if op == "crashes":
         os._exit(139)
     print("printed by a library")
+    print("[1]", '{"printed": "by a library"}', 5, sep="\\n")
     print(json.dumps(dict(name=op, size=size, dtype=dtype, status="FAIL" if op == "loses context" else "ok")))
     sys.stdout.flush()
     if op == "loses context":

@@ -61,6 +61,13 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(city_copy):
     assert NuScenesDataset.splits(city_copy, "v1.0-mini") == {"train": "mini_train", "val": "mini_val", "dark": "dark"}
 
 
+def test_a_scene_of_nuscenes_own_split_for_the_other_purpose_is_refused(city_copy):
+    """scene-0103 is in mini_val, which stays the split for validation."""
+    (city_copy / "v1.0-mini/splits.json").write_text('{"my_train": ["scene-0103"]}')
+    with pytest.raises(DataError, match=r"scene-0103 is both for training \(my_train\) and .* \(mini_val\)"):
+        NuScenesDataset(city_copy, "v1.0-mini", "my_train", Data())
+
+
 @pytest.mark.parametrize(
     "splits, words",
     [
@@ -73,7 +80,7 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(city_copy):
         ('{"": ["harbor"]}', "use letters, digits"),
         ('{"a_train": ["harbor"], "b_train": ["harbor"]}', "two splits for train"),
         ('{"city_train": ["harbour"]}', "the scene harbour"),  # misspelled, so not in scene.json
-        ('{"city_train": ["harbor"], "city_val": ["harbor"]}', "both for training and for validation"),
+        ('{"city_train": ["harbor"], "city_val": ["harbor"]}', r"for training \(city_train\) and for validation"),
     ],
 )
 def test_a_wrong_splits_json_is_named_in_a_one_line_error(root, splits, words):

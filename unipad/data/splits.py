@@ -31,8 +31,7 @@ def splits_of(root: Path, version: str) -> dict[str, str]:
     """
     custom = {}
     for name in custom_splits(root, version):
-        purpose = name.rpartition("_")[2]
-        purpose = purpose if purpose in PURPOSES else name
+        purpose = _purpose(name) if _purpose(name) in PURPOSES else name
         if purpose in custom:
             raise DataError(f"{root / version}/splits.json has two splits for {purpose}, {custom[purpose]} and {name}.")
         custom[purpose] = name
@@ -73,15 +72,26 @@ def custom_splits(root: Path, version: str) -> dict[str, list[str]]:
 EXAMPLE = '{"city_train": ["scene-1"], "city_val": ["scene-2"]}'
 
 
-def check_scenes(file: Path, splits: dict[str, list[str]], known: set[str]):
-    """Raises `DataError` where `splits`, from `custom_splits`, name a scene that is not `known`, or use one both for
-    training and for validation."""
-    for name, scenes in splits.items():
+def check_scenes(file: Path, custom: dict[str, list[str]], others: dict[str, list[str]], known: set[str]):
+    """Raises `DataError` if a custom split names a scene that is not `known`, or if a scene is both for training and
+    for validation.
+
+    custom: from `custom_splits`. others: the scenes of nuScenes' splits that are used along with them.
+    """
+    for name, scenes in custom.items():
         if unknown := [scene for scene in scenes if scene not in known]:
             raise DataError(f"{file} has the scene {unknown[0]} in its split {name}, but scene.json has not.")
     trained, validated = (
-        {scene for name, scenes in splits.items() if name.endswith(f"_{purpose}") for scene in scenes}
+        {scene: name for name, scenes in (others | custom).items() if _purpose(name) == purpose for scene in scenes}
         for purpose in ("train", "val")
     )
-    if both := sorted(trained & validated):
-        raise DataError(f"{file} has the scene {both[0]} both for training and for validation; choose one.")
+    if both := sorted(trained.keys() & validated.keys()):
+        raise DataError(
+            f"with {file}, the scene {both[0]} is both for training ({trained[both[0]]}) and for validation "
+            f"({validated[both[0]]}); choose one, or define both splits in the file."
+        )
+
+
+def _purpose(split):
+    """What a split is for: one of PURPOSES, or another word."""
+    return split.rpartition("_")[2]

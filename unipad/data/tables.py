@@ -122,8 +122,9 @@ def _build_all(build, root, version, splits, verbose):
     try:
         nusc = open_tables(root, version, verbose)
         custom = custom_splits(root, version)
-        check_scenes(root / version / "splits.json", custom, {scene["name"] for scene in nusc.scene})
         scenes = create_splits_scenes() | custom
+        others = {split: scenes[split] for split in splits if split not in custom}
+        check_scenes(root / version / "splits.json", custom, others, known={scene["name"] for scene in nusc.scene})
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except DataError:
         raise

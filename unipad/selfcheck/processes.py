@@ -32,7 +32,7 @@ def results(cases, isolate=None):
         left_before = len(left)
         with _worker("check", left, subprocess.PIPE) as worker:
             for line in worker.stdout:
-                with contextlib.suppress(ValueError):  # printed by another library
+                with contextlib.suppress(ValueError, TypeError):  # printed by another library: no JSON, or other JSON
                     yield Result(**json.loads(line))
                     left.pop(0)
         # a worker that reported a result and ended with exit code 0 had lost its GPU context: the next one continues

@@ -44,6 +44,7 @@ MODELS = {PretrainRecipe: Pretrain, DetectRecipe: Detector, SegmentRecipe: Segme
 
 # Part -> functions of unipad.model whose work it is, but for what they call of another part
 PARTS = {
+    "batch": (),  # `Batch.to`: images from bytes to [0, 1]
     "image encoder": ("encoder.Encoder._encode_images", "camera.CameraEncoder.forward"),
     "LiDAR encoder": (
         "lidar.LidarEncoder.forward",
@@ -197,11 +198,13 @@ def operator_flops(func, args, kwargs, out):
 
 def operator_bytes(name, args, kwargs, out):
     """Bytes that an operator of PyTorch reads and writes."""
-    inputs, outputs = [size_of(t) for t in tensors_in((args, kwargs))], sum(map(size_of, tensors_in(out)))
+    tensors = tensors_in((args, kwargs))
+    inputs, outputs = [size_of(t) for t in tensors], sum(map(size_of, tensors_in(out)))
     if name in GATHERS:
         inputs[0] = min(inputs[0], outputs)
-    if name in SCATTERS:  # the rows that are read and written are taken to be as large as values and indices together
-        inputs[0] = outputs = min(inputs[0], sum(inputs[1:]))
+    if name in SCATTERS:  # the rows that are read and written are as large as the values, or taken to be as the indices
+        values = [size_of(t) for t in tensors[1:] if t.dtype == tensors[0].dtype]
+        inputs[0] = outputs = min(inputs[0], sum(values or inputs[1:]))
     return sum(inputs) + outputs
 
 
@@ -279,7 +282,9 @@ def count(recipe, cameras=6, voxels=1.0):
         if isinstance(recipe, PretrainRecipe):
             net.renderer.sampler = meter.within("sampler", net.renderer.sampler)
         with torch.autocast("cuda", torch.bfloat16):
-            losses = net(batch.to(CUDA), [Generator() for _ in range(len(batch))])
+            with meter.inside("batch"):
+                inputs = batch.to(CUDA)
+            losses = net(inputs, [Generator() for _ in range(len(batch))])
         losses = losses[0] if isinstance(losses, tuple) else losses  # `Pretrain` returns (losses, missed rays)
         with meter.inside("losses"):
             loss = sum(losses.values())

@@ -1,5 +1,6 @@
 """`python -m benchmarks.step_model`: its FLOPs against PyTorch's own on a CPU, and what it prints."""
 
+import csv
 import json
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ from tests import scripts
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
-from benchmarks import step_counts, step_model
+from benchmarks import harness, step_counts, step_model
 from benchmarks.bench_step import random_batch
 from benchmarks.lidar_scene import scene
 from unipad.errors import UserError
@@ -82,16 +83,16 @@ def test_flops_of_a_camera_step_are_those_of_pytorchs_counter():
     step = counts_of("shallow(PRETRAIN['camera']['tiny'])")
     # the renderer's backward is counted as twice its forward, but the points, an input, have no gradient
     assert step["model"] == pytest.approx(step["cpu"], rel=2e-3)
-    of_camera = {"image encoder", "neck", "view transform", "sampler", "render", "losses", "optimizer"}
+    of_camera = {"batch", "image encoder", "neck", "view transform", "sampler", "render", "losses", "optimizer"}
     assert step["parts"].keys() == of_camera
-    assert all(step["parts"][part] for part in of_camera - {"losses", "optimizer"})
+    assert all(step["parts"][part] for part in of_camera - {"batch", "losses", "optimizer"})
 
 
 @pytest.mark.slow
 def test_flops_of_a_segmentation_step_are_those_of_pytorchs_counter():
     step = counts_of("SEGMENT['lidar']['tiny']")
     assert step["model"] == step["cpu"]
-    assert step["parts"].keys() == {"LiDAR encoder", "head", "losses", "optimizer"}
+    assert step["parts"].keys() == {"batch", "LiDAR encoder", "head", "losses", "optimizer"}
 
 
 def shallow(recipe):
@@ -165,8 +166,7 @@ def test_operators_by_hand():
         table[rows]
         table.index_copy_(0, rows, torch.ones(2, 8))
     assert work["index"] == (0, "fp32", 2 * 4 * 16 + 16)  # two rows read, two written, and the indices
-    # values and indices; the rows read, and those written, are each taken to be as large as both together
-    assert work["index_copy_"][2] == 3 * (4 * 16 + 16)
+    assert work["index_copy_"][2] == 3 * 4 * 16 + 16  # two rows read, two written, their values, and the indices
 
 
 def test_the_bound_of_a_part():
@@ -197,6 +197,28 @@ def test_runs_of_several_gpus(monkeypatch, capsys):
     assert "\n| 3 |" not in out  # does not divide 4
     assert "| render | 4.0 | 0 | 1 | 0 | 4.00 | 0.00 | 4.00 | 1.00 | compute |" in out
     assert "measured" not in out  # on another machine
+
+
+def test_the_newest_measured_step_stands_beside_the_model(monkeypatch, tmp_path, capsys):
+    """Of the recipe's rows by our kernels, the last one that has the column; a CPU's has no GPU time."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results.csv")
+    row = {"op": "step of train/lidar/tiny", "impl": "triton", "device": "H200", "commit": "abc"}
+    rows = [
+        row | {"gpu_ms": "5", "both_ms": "9", "commit": "old"},
+        row | {"gpu_ms": "4", "both_ms": "8"},
+        row | {"gpu_ms": "", "both_ms": "10", "device": "CPU", "commit": "new"},
+        row | {"gpu_ms": "1", "both_ms": "1", "impl": "eager"},
+        row | {"gpu_ms": "1", "both_ms": "1", "op": "step of train/lidar/other"},
+    ]
+    with harness.RESULTS.open("w", newline="") as f:
+        writer = csv.DictWriter(f, ["op", "impl", "device", "commit", "gpu_ms", "both_ms"])
+        writer.writeheader()
+        writer.writerows(rows)
+    step_model.print_measured("train/lidar/tiny", step_model.Times(compute=1, memory=1, gpu=2, host=3))
+    assert capsys.readouterr().out.splitlines() == [
+        "GPU: model 2.0 ms, measured 4.0 ms (H200, abc), model / measured 0.50",
+        "step: model 3.0 ms, measured 10.0 ms (CPU, new), model / measured 0.30",
+    ]
 
 
 @pytest.mark.parametrize(

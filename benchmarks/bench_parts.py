@@ -3,9 +3,9 @@
     python -m benchmarks.bench_parts --preset camera-0.1
 
 In bf16 (autocast) on a GPU, in fp32 on a CPU. ConvNeXt's depthwise 7x7 convolution and the convolution before the
-renderer ("render_conv") are timed in two layouts: channels-last, as the model runs them, and contiguous, where a
-library may have faster kernels. There is no depthwise kernel in this project: no measurement shows that one would beat
-cuDNN's.
+renderer (`Pretrain.project`, the original's render_conv) are timed in two layouts: channels-last, as the model runs
+them, and contiguous, where a library may have faster kernels. There is no depthwise kernel in this project: no
+measurement shows that one would beat cuDNN's.
 """
 
 from copy import deepcopy

@@ -34,7 +34,7 @@ from unipad.model.lidar import SparseEncoder
 WIDTHS = 16, 32, 64, 128  # channels of the stages
 KERNEL, DILATION = (3, 3, 3), (1, 1, 1)  # of the submanifold convolutions
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32  # spconv has no bf16
-AGREE = 5e-3 if DEVICE == "cuda" else 1e-3  # outputs rounded to fp16 differ by up to one unit in the last place
+AGREE = 5e-3 if DEVICE == "cuda" else 1e-3  # of the largest value; outputs in fp16 are rounded to about 1e-3 of it
 AGREE_DEEP = 5e-2 if DEVICE == "cuda" else 5e-3  # after the encoder's 21 convolutions
 
 
@@ -49,7 +49,8 @@ class Level:
     cache: dict = field(default_factory=dict)
 
     def submanifold(self):
-        """A new neighbor table of a 3 x 3 x 3 submanifold convolution, and None: the inverse is this table flipped."""
+        """A new neighbor table of a 3 x 3 x 3 submanifold convolution, and None for the `inverse_idx` of `sparse_conv`,
+        which then takes the table with its kernel offsets reversed."""
         keys, order = sort_voxels(self.coords, self.shape, check=False)
         table = submanifold_map(self.coords, keys, order, self.shape, KERNEL, DILATION)
         return NeighborTable(table), None
@@ -117,15 +118,15 @@ class Encoders:
                 # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes: with a bias of
                 # 0, gradients in fp32 differ from those in fp64 by up to 12 %
                 nn.init.constant_(module.bias, 8)
-        # The weights of the convolutions only: a norm largely removes the effect of the bias of the norm before it, so
-        # rounding errors would dominate that bias's gradient.
+        # Gradients are compared for the weights of the convolutions only: the bias of a norm has little effect after
+        # the next norm, so its gradient would be mostly rounding error.
         self.names = [name for name, p in self.encoder.named_parameters() if p.dim() == 5]
         self.weights = [self.encoder.get_parameter(name) for name in self.names]
 
     def ours(self, op, keep):
         """A function that runs the encoder with `op`. keep: build the neighbor tables once, and cache them (warm)."""
 
-        def run(features, weights, level):
+        def run(features, weights, level):  # weights: the encoder's own, passed for their gradients
             cache = level.cache if keep else {}
             if "voxels" not in cache:
                 cache["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
@@ -248,7 +249,8 @@ class PeerConv(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A 1 x 1 x 1 convolution; spconv also computes a matrix product, but with the weights in another order."""
+    """A 1 x 1 x 1 convolution, in place of spconv's: a matrix product too, but with its weight in another order, so
+    that it could not share ours."""
 
     def __init__(self, weight):
         super().__init__()

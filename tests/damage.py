@@ -8,7 +8,7 @@ The seed and the number of a case determine a kind of file, a file of that kind,
 with limits of time and memory reads the damaged file as the scripts do. The outcomes:
 
     refused    a `UserError`: one sentence that names a file, folder or flag
-    skipped    what is damaged is left out, in a message that names the file; all else is read as before
+    skipped    what is damaged is left out, and a message names the file; all else is read as before
     same       the result equals that of the undamaged file: the bytes did not matter, or a cache was rebuilt
     other      another result, accepted without a message: no check can detect the damage, see below
     SILENT     another result without a message although the damage can be detected, or an impossible result
@@ -24,7 +24,7 @@ harmless, but no check can detect it:
                zeros for rays without a return; a range removed, if the size still is that of whole points
     JPEG       other coefficients. libjpeg notices most damage of more than one bit and prints a warning without the
                file's name, but OpenCV returns the image as if it were intact
-    lidarseg   another class, also 0 (unlabeled) in the whole file; no table of point labels at all
+    lidarseg   another class, also 0 (unlabeled) in the whole file; no lidarseg.json
     JSON       another number or name that is possible; a record that no other refers to, missing, repeated or moved
     any        replaced by another file of its kind
 
@@ -241,7 +241,8 @@ class Harness:
 
     @contextlib.contextmanager
     def _copy(self):
-        """A temporary folder with the intact files: copies of JSON files, which readers may modify, links to others."""
+        """A temporary folder with the intact files: copies of JSON files, since readers may modify log.jsonl, and links
+        to others."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
 
         def copy(source, target):
@@ -249,7 +250,7 @@ class Harness:
 
         try:
             shutil.copytree(self.intact, folder, copy_function=copy, dirs_exist_ok=True)
-            (folder / "intact").symlink_to(self.intact)  # where readers find undamaged files of other kinds
+            (folder / "intact").symlink_to(self.intact)  # for readers that need an undamaged file, or the original
             yield folder
         finally:
             shutil.rmtree(folder)

@@ -22,8 +22,8 @@ TABLE = REPO / "docs" / "faithfulness.md"
 RECORDS = {
     "convnext_mask": "masked ConvNeXt, outputs and all gradients",
     "convnext_nomask": "the same without a mask",
-    "fpn_vs01": "FPN of the ablation's camera encoder",
-    "custom_fpn_single": "FPN of the final camera encoder",
+    "fpn_vs01": "FPN of `camera-0.1` (four levels)",
+    "custom_fpn_single": "FPN of `camera-0.075` (one level)",
     "depth_net_aspp": "complex depth head (ASPP)",
     "view_trans_2lvl": "view transform `gather` (UVTR's sampling), over two levels",
     "voxel_pool_depth": "view transform `pool` (LSS's pooling), depth targets and loss",

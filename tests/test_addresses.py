@@ -15,7 +15,7 @@ from unipad.kernels.backend import tl, triton
 @triton.jit
 def narrow(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(row_idx_ptr + i, mask=i < N, other=0)
+    row = tl.load(row_idx_ptr + i, mask=i < N, other=0)  # int32, as the name of its pointer says
     tl.store(x_ptr + row * C, 0.0, mask=i < N)  # fault
 
 

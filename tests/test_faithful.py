@@ -35,7 +35,7 @@ def test_rows_equal_those_computed_by_hand():
     pairs = [(2e-4, 1e-3), (9e-6, 1e-5), (0.0, 1e-5)]  # error, tolerance
     errors = {name: [] for name in RECORDS} | {"fpn_vs01": pairs}
     page = table(errors)
-    assert "| `fpn_vs01` | FPN of the ablation's camera encoder | 3 | 9.0e-06 | 2.0e-04 | 90% |" in page
+    assert "| `fpn_vs01` | FPN of `camera-0.1` (four levels) | 3 | 9.0e-06 | 2.0e-04 | 90% |" in page
     assert re.search(r"\| `grid_mask` \| .* \| \| equal \| equal \| \|", page)
 
 

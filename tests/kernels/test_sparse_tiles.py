@@ -16,7 +16,7 @@ from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_gemm import BLOCK_R, MIN_PAIRS
 from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 
-INT = dict(elements=("i32",), limits_on=ASSEMBLED_TARGETS)  # elements: one type, no argument has it
+INT = dict(elements=("i32",), limits_on=ASSEMBLED_TARGETS)  # elements: no argument has their type, so one is enough
 LAUNCHES = [
     Launch(
         "_tiles_kernel", dict(SORT=sort, OFFSETS_PER_BIT=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),

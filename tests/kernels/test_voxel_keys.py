@@ -8,7 +8,7 @@ from tests.check import check_against_ref
 from unipad.kernels.voxel_keys import BLOCK, sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
 
 TYPES = dict(coords_ptr="*i32", keys_ptr="*i64")
-# checked by tests/test_compiles.py; elements: one type, no argument has it
+# Checked by tests/test_compiles.py. Compiled for one type of elements only: no argument has it, all are integers.
 LAUNCHES = [Launch("_keys_kernel", dict(BLOCK=BLOCK), TYPES, elements=("fp32",), registers=32)]
 
 # sets of voxels: B, (Z, Y, X), number of voxels

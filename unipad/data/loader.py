@@ -102,7 +102,7 @@ def _check_batch_size(dataset, size, workers):
     if sample is not None:
         image_bytes = sum(image.nbytes for image in sample.images)
         loaded = (image_bytes + sample.points.nbytes) * (1 + PREFETCH * workers)  # the batch in use, and those ahead
-        # Images are loaded as bytes; those of the batch in use also become fp32, without a GPU in the same memory.
+        # Images are loaded as bytes; those of the batch in use also become fp32: in host memory too, without a GPU.
         check_memory(size * (loaded + 4 * image_bytes), f"loading with --batch-size, {size} samples per process,")
 
 
@@ -110,8 +110,8 @@ PREFETCH = 2  # batches per worker that are loaded ahead and wait in shared memo
 
 
 class ReadableFrames(Dataset):
-    """Item `frames`, a range of indices: (`Batch` of those that can be read, None without any; list of `path: reason`
-    of the others)."""
+    """`self[frames]`, for a range of indices: (`Batch` of those that can be read, None without any; list of
+    `path: reason` of the others)."""
 
     def __init__(self, dataset):
         self.dataset = dataset

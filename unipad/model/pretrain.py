@@ -51,7 +51,8 @@ class Pretrain(nn.Module):
         return self.renderer.loss(rendered, rays), 1 - rendered.hit.float().mean()
 
     def encode(self, batch: Batch, generators: Sequence[torch.Generator] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The volume [B, C, Z, Y, X] that rays are cast through, and the masks of `Encoded`."""
+        """The volume [B, C, Z, Y, X] that rays are cast through, and what of each input is visible
+        to the encoder: the masks of `encoder.Encoded`."""
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
 

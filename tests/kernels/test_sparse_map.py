@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
-from tests.kernels.test_voxel_keys import FULL, SETS, SOME, random_voxels
+from tests.kernels.test_voxel_keys import FULL, SETS, SPARSE, random_voxels
 from unipad.kernels.sparse_map import (
     BLOCK,
     inverse_map,
@@ -57,11 +57,11 @@ FIVE = (5, 5, 5), ONE, (2, 2, 2), ONE  # 125 offsets
 # B, (Z, Y, X), number of voxels, geometry
 CASES = [(*voxels, HALVE) for voxels in SETS] + [
     (*FULL, FIVE),
-    (*SOME, (ONE, ONE, (0, 0, 0), ONE)),
-    (*SOME, ((2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)),
-    (*SOME, ((3, 3, 3), (2, 2, 2), (0, 1, 1), ONE)),
-    (*SOME, ((3, 1, 1), (2, 1, 1), (0, 0, 0), ONE)),
-    (*SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))),  # different on every axis
+    (*SPARSE, (ONE, ONE, (0, 0, 0), ONE)),
+    (*SPARSE, ((2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)),
+    (*SPARSE, ((3, 3, 3), (2, 2, 2), (0, 1, 1), ONE)),
+    (*SPARSE, ((3, 1, 1), (2, 1, 1), (0, 0, 0), ONE)),
+    (*SPARSE, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))),  # different on every axis
 ]
 
 
@@ -96,7 +96,7 @@ def densify(values, coords, B, shape):
     return dense
 
 
-@pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SOME, FIVE)])
+@pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SPARSE, FIVE)])
 def test_reference_matches_dense_convolution(B, shape, N, geometry, device):
     """Exactly: in fp64, of small integers. Dense results are rounded, since cuDNN may convolve by FFT.
 

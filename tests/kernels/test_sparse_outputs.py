@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ahead_of_time import Launch
-from tests.kernels.test_voxel_keys import SOME, random_voxels
+from tests.kernels.test_voxel_keys import SPARSE, random_voxels
 from unipad.kernels.backend import references
 from unipad.kernels.sparse_map import strided_map, strided_map_ref, transposed_map, transposed_map_ref
 from unipad.kernels.sparse_outputs import (
@@ -42,7 +42,7 @@ ONE = (1, 1, 1)
 @pytest.mark.parametrize("batch_size_known", [True, False])
 def test_outputs_match_the_reference(transposed, batch_size_known, device):
     """Keys have 32 bits if the batch size is known and the grid small, as it is here."""
-    B, shape, N = SOME
+    B, shape, N = SPARSE
     geometry = (2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1)  # kernel, stride, padding, dilation: different on every axis
     coords = random_voxels(B, shape, N, device)
     map_ref, size_of = (transposed_map_ref, transposed_out_shape) if transposed else (strided_map_ref, out_shape)

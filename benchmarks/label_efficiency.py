@@ -305,46 +305,74 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def draw(rows: list[Row], file: Path):
-    """Draw metrics over label fractions: a panel per task, modality and metric; a line per arm and number of steps."""
+    """Draw every metric of a task and modality over label fractions; and the first one over the steps of fine-tuning,
+    with the fewest labels that runs of several lengths have in common."""
     if not rows:
         raise UserError(
             "results.csv in --out has no rows of the variant `default` on the split `val`: nothing to draw."
         )
-    panels = sorted({(row.task, row.modality, row.metric) for row in rows})
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.8 * lines + 0.4), dpi=120, layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    colors = dict(zip(ARMS, matplotlib.colormaps["tab10"].colors, strict=False))
     markers = dict(zip(sorted({row.steps for row in rows}), cycle("soD^v"), strict=False))
-    for axis, panel in zip(axes, panels, strict=False):
+    over_labels, over_steps = [], []  # the rows of each panel
+    for panel in sorted({(row.task, row.modality, row.metric) for row in rows}):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
-        values = by_seed(of_panel, "arm", "steps", "fraction")
-        for arm, steps in sorted({key[:2] for key in values}, key=lambda line: (ARMS.index(line[0]), line[1])):
-            fractions = sorted(key[2] for key in values if key[:2] == (arm, steps))
-            points = [list(values[arm, steps, fraction].values()) for fraction in fractions]
-            deviations = [np.std(found, ddof=1) if len(found) > 1 else 0 for found in points]
-            shift = 1.03 ** (ARMS.index(arm) - 1.5)  # beside each other, so that no arm hides another's error bar
-            axis.errorbar(
-                [100 * fraction * shift for fraction in fractions], [np.mean(found) for found in points], deviations,
-                color=colors[arm], marker=markers[steps], markersize=4, capsize=2,
-            )  # fmt: skip
-        task, modality, metric = panel
-        title = TITLES[modality] + (" segmentation" if task == "segment" else " detection")
-        axis.set(xscale="log", xlabel="labels, %", ylabel=metric, title=title, ylim=(0, 1.05 * axis.get_ylim()[1]))
-        ticks = sorted({100 * row.fraction for row in of_panel})
-        axis.set(xticks=ticks, xlim=(ticks[0] / 1.4, ticks[-1] * 1.4))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.grid(alpha=0.3)
-    for axis in axes[len(panels) :]:
+        over_labels.append(of_panel)
+        steps = {
+            fraction: {row.steps for row in of_panel if row.fraction == fraction} for fraction in fractions(of_panel)
+        }
+        several = [fraction for fraction in steps if len(steps[fraction]) > 1]
+        if several and panel[2] == next(iter(METRICS[panel[0]])):
+            over_steps.append([row for row in of_panel if row.fraction == several[0]])
+    panels = len(over_labels + over_steps)
+    columns = min(4, panels)
+    figure = Figure(figsize=(3.1 * columns, 2.8 * -(-panels // columns) + 0.4), dpi=120, layout="constrained")
+    axes = figure.subplots(-(-panels // columns), columns, squeeze=False).ravel()
+    for axis, of_panel in zip(axes, over_labels, strict=False):
+        draw_lines(axis, of_panel, lambda row: 100 * row.fraction, lambda row: (row.arm, row.steps), markers)
+        axis.set(xlabel="labels, %", title=title_of(of_panel))
+    for axis, of_panel in zip(axes[len(over_labels) :], over_steps, strict=False):
+        draw_lines(axis, of_panel, lambda row: row.steps, lambda row: (row.arm, None), {None: "."})
+        axis.set(xlabel=f"steps, with {100 * of_panel[0].fraction:.3g} % of the labels", title=title_of(of_panel))
+    for axis in axes[panels:]:
         axis.axis("off")
-    legend = [Line2D([], [], color=colors[arm], label=arm) for arm in ARMS if any(row.arm == arm for row in rows)]
+    arms = [arm for arm in ARMS if any(row.arm == arm for row in rows)]
+    legend = [Line2D([], [], color=f"C{ARMS.index(arm)}", label=arm) for arm in arms]
     for steps, marker in markers.items():
         legend.append(Line2D([], [], color="gray", linestyle="none", marker=marker, label=f"{steps} steps"))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+
+
+def fractions(rows):
+    return sorted({row.fraction for row in rows})
+
+
+def title_of(rows):
+    return TITLES[rows[0].modality] + (" segmentation" if rows[0].task == "segment" else " detection")
+
+
+def draw_lines(axis, rows, x_of, line_of, markers):
+    """Draw means and standard deviations over seeds.
+
+    x_of: a row's position. line_of: (arm, marker's key) of the line that a row belongs to.
+    """
+    for line in sorted({line_of(row) for row in rows}, key=str):
+        points = {}  # position -> values of all seeds
+        for row in rows:
+            if line_of(row) == line:
+                points.setdefault(x_of(row), []).append(row.value)
+        xs, shift = sorted(points), 1.03 ** (ARMS.index(line[0]) - 1.5)  # so that no arm hides another's error bar
+        axis.errorbar(
+            [x * shift for x in xs], [np.mean(points[x]) for x in xs],
+            [np.std(points[x], ddof=1) if len(points[x]) > 1 else 0 for x in xs],
+            color=f"C{ARMS.index(line[0])}", marker=markers[line[1]], markersize=4, capsize=2,
+        )  # fmt: skip
+    ticks = sorted(map(x_of, rows))
+    axis.set(xscale="log", ylabel=rows[0].metric, ylim=(0, 1.05 * axis.get_ylim()[1]))
+    axis.set(xticks=sorted(set(ticks)), xlim=(ticks[0] / 1.4, ticks[-1] * 1.4))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(alpha=0.3)
 
 
 def draw_frame(out: Path, rows: list[Row], file: Path):

@@ -54,12 +54,14 @@ def test_the_figure_has_a_panel_for_each_metric(tmp_path):
         for fraction in (0.05, 1.0)
         for seed in (0, 1)
     ]
-    draw(rows, tmp_path / "figure.png")
-    picture = cv2.imread(str(tmp_path / "figure.png"))
-    inked = (picture < 200).any(axis=(0, 2))  # columns
-    # three panels of 3.1 inches at 120 dots per inch
-    assert picture.shape[1] == pytest.approx(3 * 3.1 * 120, abs=2) and picture.std() > 20
-    assert all(part.mean() > 0.5 for part in np.array_split(inked, 3))
+    longer = [replace(row, steps=2 * row.steps) for row in rows if row.metric != "mIoU" and row.fraction == 0.05]
+    for more, panels in ([], 3), (longer, 4):  # the fourth: NDS over steps
+        draw(rows + more, tmp_path / "figure.png")
+        picture = cv2.imread(str(tmp_path / "figure.png"))
+        inked = (picture < 200).any(axis=(0, 2))  # columns
+        # panels of 3.1 inches at 120 dots per inch
+        assert picture.shape[1] == pytest.approx(panels * 3.1 * 120, abs=2) and picture.std() > 20
+        assert all(part.mean() > 0.5 for part in np.array_split(inked, panels))
     with pytest.raises(UserError, match="nothing to draw"):
         draw([], tmp_path / "figure.png")
 

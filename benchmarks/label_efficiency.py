@@ -316,12 +316,8 @@ def draw(rows: list[Row], file: Path):
     for panel in sorted({(row.task, row.modality, row.metric) for row in rows}):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
         over_labels.append(of_panel)
-        steps = {
-            fraction: {row.steps for row in of_panel if row.fraction == fraction} for fraction in fractions(of_panel)
-        }
-        several = [fraction for fraction in steps if len(steps[fraction]) > 1]
-        if several and panel[2] == next(iter(METRICS[panel[0]])):
-            over_steps.append([row for row in of_panel if row.fraction == several[0]])
+        if panel[2] == next(iter(METRICS[panel[0]])) and (longer := runs_of_several_lengths(of_panel)):
+            over_steps.append(longer)
     panels = len(over_labels + over_steps)
     columns = min(4, panels)
     figure = Figure(figsize=(3.1 * columns, 2.8 * -(-panels // columns) + 0.4), dpi=120, layout="constrained")
@@ -330,7 +326,7 @@ def draw(rows: list[Row], file: Path):
         draw_lines(axis, of_panel, lambda row: 100 * row.fraction, lambda row: (row.arm, row.steps), markers)
         axis.set(xlabel="labels, %", title=title_of(of_panel))
     for axis, of_panel in zip(axes[len(over_labels) :], over_steps, strict=False):
-        draw_lines(axis, of_panel, lambda row: row.steps, lambda row: (row.arm, None), {None: "."})
+        draw_lines(axis, of_panel, lambda row: row.steps, lambda row: (row.arm, 0), {0: "."})
         axis.set(xlabel=f"steps, with {100 * of_panel[0].fraction:.3g} % of the labels", title=title_of(of_panel))
     for axis in axes[panels:]:
         axis.axis("off")
@@ -343,8 +339,18 @@ def draw(rows: list[Row], file: Path):
     figure.savefig(file)
 
 
-def fractions(rows):
-    return sorted({row.fraction for row in rows})
+def runs_of_several_lengths(rows):
+    """The rows with the fewest labels with which a seed of an arm has runs of several lengths; of arms and seeds that
+    have all of these lengths, so that a line shows the same seeds everywhere. [] without any."""
+    for fraction in sorted({row.fraction for row in rows}):
+        lengths = {}  # (arm, seed) -> numbers of steps
+        for row in rows:
+            if row.fraction == fraction:
+                lengths.setdefault((row.arm, row.seed), set()).add(row.steps)
+        most = max(lengths.values(), key=len)
+        if len(most) > 1:
+            return [row for row in rows if row.fraction == fraction and lengths[row.arm, row.seed] == most]
+    return []
 
 
 def title_of(rows):
@@ -356,7 +362,7 @@ def draw_lines(axis, rows, x_of, line_of, markers):
 
     x_of: a row's position. line_of: (arm, marker's key) of the line that a row belongs to.
     """
-    for line in sorted({line_of(row) for row in rows}, key=str):
+    for line in sorted({line_of(row) for row in rows}, key=lambda line: (ARMS.index(line[0]), line[1])):
         points = {}  # position -> values of all seeds
         for row in rows:
             if line_of(row) == line:
@@ -370,7 +376,7 @@ def draw_lines(axis, rows, x_of, line_of, markers):
     ticks = sorted(map(x_of, rows))
     axis.set(xscale="log", ylabel=rows[0].metric, ylim=(0, 1.05 * axis.get_ylim()[1]))
     axis.set(xticks=sorted(set(ticks)), xlim=(ticks[0] / 1.4, ticks[-1] * 1.4))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
 
@@ -389,7 +395,7 @@ def draw_frame(out: Path, rows: list[Row], file: Path):
             fraction, steps, seed = min(runs)
             cases = [(arm, fraction, -steps, seed) for arm in ("scratch", "pretrained")]
             files = [run_folder(out, of_modality[0], *case) / "eval-val" / "boxes_1.png" for case in cases]
-            lines.append((f"{TITLES[modality]}, {100 * fraction:.3g} % of the labels", files))
+            lines.append((f"{TITLES[modality]}, {100 * fraction:.3g} % of the labels, {-steps} steps", files))
     if not lines:
         return
     figure = Figure(figsize=(8, 4.1 * len(lines)), dpi=120, layout="constrained")

@@ -202,7 +202,7 @@ def operator_bytes(name, args, kwargs, out):
     inputs, outputs = [size_of(t) for t in tensors], sum(map(size_of, tensors_in(out)))
     if name in GATHERS:
         inputs[0] = min(inputs[0], outputs)
-    if name in SCATTERS:  # the rows that are read and written are as large as the values, or taken to be as the indices
+    if name in SCATTERS:  # the rows that are read and written are as large as the values; without any, as the indices
         values = [size_of(t) for t in tensors[1:] if t.dtype == tensors[0].dtype]
         inputs[0] = outputs = min(inputs[0], sum(values or inputs[1:]))
     return sum(inputs) + outputs

@@ -33,6 +33,7 @@ import tyro
 
 from unipad import cli
 from unipad.checkpoint import take_weights
+from unipad.compile import compile_parts, uncompiled
 from unipad.config import DetectRecipe, SegmentRecipe
 from unipad.data.cutpaste import load_objects
 from unipad.data.dataset import DEFAULT_DATASET, dataset_class
@@ -76,6 +77,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); choices are kept in the run's tuning.json
+    compile: bool = False  # run parts of the model under torch.compile, which starts slowly; docs/recipes.md says when
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations on the whole split; None: a third of the run; 0: none
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
@@ -162,6 +164,8 @@ def main(args: Args):
             take_weights(net, "encoder.", args.pretrained, "--pretrained", print0)
         if args.freeze_encoder:
             net.encoder.requires_grad_(False)
+        if args.compile:
+            compile_parts(net, world)
         # DistributedDataParallel broadcasts the main process's weights
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         optimizer = make_optimizer(net, optim)
@@ -199,7 +203,7 @@ def main(args: Args):
         # the head is untrained, and a step that was validated before the run resumed.
         for step in range(first, last + 1):
             if val_every and (step % val_every == 0 or step == last) and step > max(0, run.last_validated_step):
-                with run.validation(step, parts, metrics), stop.at_once(), autocast:
+                with run.validation(step, parts, metrics), stop.at_once(), autocast, uncompiled(args.compile):
                     metrics.update(validate(net, val_set, run, args, world, step))
                 progress.restart(step)
             if step == last:

@@ -37,6 +37,7 @@ import tyro
 
 from unipad import cli
 from unipad.checkpoint import take_weights
+from unipad.compile import compile_parts, uncompiled
 from unipad.config import PretrainRecipe, UnetConfig
 from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
@@ -76,6 +77,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
+    compile: bool = False  # run parts of the model under torch.compile, which starts slowly; docs/recipes.md says when
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations; None: a third of the run; 0: no validation
     val_samples: int = 12  # held-out frames that a validation renders
@@ -118,6 +120,8 @@ def main(args: Args):
         net.encoder.set_checkpointing(args.checkpointing)
         if not saved:
             take_weights(net, "encoder.", args.init, "--init", print0)
+        if args.compile:
+            compile_parts(net, world)
         # DistributedDataParallel broadcasts the main process's weights
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         optimizer = make_optimizer(net, optim)
@@ -155,7 +159,7 @@ def main(args: Args):
         for step in range(first, last + 1):
             if val_every and (step % val_every == 0 or step == last) and step > run.last_validated_step:
                 # at once: a signal need not wait for the end of the validation, since this step is saved
-                with run.validation(step, parts, metrics), stop.at_once(), autocast:
+                with run.validation(step, parts, metrics), stop.at_once(), autocast, uncompiled(args.compile):
                     metrics["after" if step else "before"] = validate(net, val_set, run, args, world, step)
                 progress.restart(step)  # the speed of the next report is without the validation
             if step == last:

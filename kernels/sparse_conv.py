@@ -206,7 +206,7 @@ def _backward(
             d_weight = d_weight_of(features, d_out, table, allow_tf32, submanifold=mirrored)
     return (
         d_features.to(features.dtype) if for_features else features.new_empty(0),
-        d_weight.to(weight.dtype).reshape(weight.shape) if for_weight else weight.new_empty(0),
+        d_weight.to(weight.dtype).reshape(weight.shape).contiguous() if for_weight else weight.new_empty(0),
     )
 
 

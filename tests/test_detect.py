@@ -11,9 +11,9 @@ from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad import config
 from unipad.batch import Batch
 from unipad.boxes import encode_boxes
-from unipad.model.decoder import SelfAttention, VolumeAttention
+from unipad.model.decoder import SelfAttention, VolumeAttention, sample_volume
 from unipad.model.detect import Detector, Head, Predictions, detections
-from unipad.model.dropout import Dropout
+from unipad.model.dropout import Dropout, drop
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
 from unipad.names import from_original
@@ -343,9 +343,10 @@ def test_attention_matches_torch(masked):
     if masked:
         blocked.fill_diagonal_(False)
     expected, _ = theirs(x + position, x + position, x, attn_mask=blocked)
-    assert torch.allclose(ours(x, position, blocked, Dropout()), expected, atol=1e-6)
-    # with a dropout rate above 0, attention is not computed by `scaled_dot_product_attention`
-    assert torch.allclose(ours(x, position, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
+    assert torch.allclose(ours(x, position, blocked), expected, atol=1e-6)
+    # with a mask of dropout, attention is not computed by `scaled_dot_product_attention`
+    (kept,) = Dropout(1e-12, seeded(0, 1)).masks((2, 2, 5, 5))
+    assert torch.allclose(ours(x, position, blocked, kept, 1e-12), expected, atol=1e-6)
 
 
 def test_volume_attention_samples_like_grid_sample():
@@ -355,7 +356,7 @@ def test_volume_attention_samples_like_grid_sample():
     expected = torch.nn.functional.grid_sample(volume, grid, align_corners=False)[:, :, 0, 0].transpose(1, 2)
     x = torch.zeros(2, 40, 6)  # with the initial bias of 0, the gate is sigmoid(0) = 1/2
     expected = torch.nn.functional.linear(expected / 2, attention.output_proj.weight)
-    assert torch.allclose(attention(x, reference, volume.permute(0, 2, 3, 4, 1)), expected, atol=1e-6)
+    assert torch.allclose(attention(x, sample_volume(volume.permute(0, 2, 3, 4, 1), reference)), expected, atol=1e-6)
 
 
 def test_dropout_is_drawn_per_sample_and_keeps_the_mean():
@@ -364,7 +365,9 @@ def test_dropout_is_drawn_per_sample_and_keeps_the_mean():
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
     assert torch.equal(dropped[1:], Dropout(0.25, seeded(1))(x[1:])) and not torch.equal(dropped[0], dropped[1])
-    assert Dropout(0.25)(x) is x and Dropout(0.0, seeded(0, 1))(x) is x
+    (mask,) = Dropout(0.25, seeded(0, 1)).masks(x.shape)
+    assert torch.equal(drop(x, mask, 0.25), dropped)
+    assert Dropout(0.25)(x) is x and Dropout(0.0, seeded(0, 1))(x) is x and Dropout(0.25).masks(x.shape) == [None]
 
 
 def test_no_dropout_in_evaluation():

@@ -314,7 +314,8 @@ def _drop_records_after(step, log):
             print(f"{log}: removed {invalid} damaged lines.", file=sys.stderr)
 
 
-# Flags that may differ when a run resumes: they do not change the training, except for rounding (device, tune).
+# Flags that may differ when a run resumes. They do not change the training, except for rounding (device, tune,
+# compile).
 FREE_FLAGS = {
     "config",
     "data_root",
@@ -330,6 +331,7 @@ FREE_FLAGS = {
     "save_every",
     "checkpointing",
     "tune",
+    "compile",
 }
 
 

@@ -24,7 +24,7 @@ from unipad.batch import Batch
 from unipad.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.config import Detect, DetectRecipe, Grid
 from unipad.kernels.rotated_iou import rotated_nms
-from unipad.model.decoder import DecoderLayer
+from unipad.model.decoder import DecoderLayer, sample_volume
 from unipad.model.depth import depth_loss
 from unipad.model.dropout import Dropout
 from unipad.model.encoder import Encoder
@@ -100,7 +100,7 @@ class Head(nn.Module):
         self.cfg, self.grid = cfg, grid
         self.register_buffer("low", torch.tensor(grid.low), persistent=False)
         self.register_buffer("high", torch.tensor(grid.high), persistent=False)
-        layers = [DecoderLayer(channels, cfg.heads, cfg.hidden) for _ in range(cfg.layers)]
+        layers = [DecoderLayer(channels, cfg.heads, cfg.hidden, cfg.dropout) for _ in range(cfg.layers)]
         self.layers = nn.ModuleList(layers)
         self.cls_branches = _per_layer(cfg.layers, channels, cfg.classes, normed=True)
         self.reg_branches = _per_layer(cfg.layers, channels, CODE_SIZE)
@@ -141,7 +141,8 @@ class Head(nn.Module):
             blocked = None if noisy is None else noisy.blocked
             logits, codes, ious = [], [], []
             for i, layer in enumerate(self.layers):
-                x = layer(x, position, reference, volume, blocked, dropout)
+                masks, sampled = layer.masks(dropout, *x.shape[:2]), sample_volume(volume, reference)
+                x = layer(x, position, reference, sampled, blocked, masks)
                 raw = self.reg_branches[i](x)  # [B, Q, 10] codes of `unipad.boxes`: entries 0, 1 and 4 are x, y, z
                 offset = torch.cat([raw[..., :2], raw[..., 4:5]], dim=-1)  # of x, y, z, to the reference, in logits
                 center = self.low + (self.high - self.low) * (offset + self._anchor(reference)).sigmoid()

@@ -28,6 +28,7 @@ from unipad.model.sparse import (
     SubMConv3d,
     VoxelSet,
     in_fp32,
+    make_tables,
 )
 
 MAX_INTENSITY = 255.0  # of a LiDAR point in nuScenes
@@ -96,7 +97,11 @@ class UnetEncoder(nn.Module):
         shape = [-(-(last + 1 - l) // step) * step for last, l in zip(extent[1], low, strict=True)]
         sample, *zyx = coords.unbind(1)
         coords = torch.stack([sample, *(v - l for v, l in zip(zyx, low, strict=True))], dim=1)
-        return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
+        voxels = VoxelSet(coords, shape, B, in_order=True, check=False)
+        voxel_sets = self.encoder.make_tables(voxels)
+        features = self.encoder(SparseTensor(features, voxels)).features
+        del voxel_sets  # held until here: only weak references keep the sets of the coarser stages
+        return features
 
     def _volume(self, features, xyz, sample, B):
         """[B, C, Z, Y, X]: mean of the features [V, C] of the points `xyz` [V, 3] in each cell; sample: [V]."""
@@ -136,6 +141,14 @@ class Unet(nn.Module):
             self.up.append(ConvNormReLU(SparseInverseConv3d(below, up, 2, bias=False)))
             self.dec.append(_blocks(up + above, up, blocks[-1 - s]))
             above = down
+
+    def make_tables(self, voxels: VoxelSet) -> list[VoxelSet]:
+        """`sparse.make_tables` of this net, whose modules run in another order than they are registered in."""
+        sets = make_tables(self.conv_input, voxels)
+        levels = [*zip(self.down, self.enc, strict=True), *zip(reversed(self.up), reversed(self.dec), strict=True)]
+        for module in (module for level in levels for module in level):
+            sets += make_tables(module, sets[-1])
+        return sets
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         x = in_fp32(self.conv_input, x)  # its input channels include the points' coordinates

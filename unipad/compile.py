@@ -1,0 +1,102 @@
+"""--compile: which parts of a model run under torch.compile, so that Inductor fuses their elementwise work and norms.
+
+Each part is one graph without a break: it maps tensors to tensors, and the ops of `unipad.kernels` in it are opaque. A
+part is compiled in place, so the names in a checkpoint stay the same. Parts are small rather than few: blocks of equal
+shapes share one compiled graph, recomputation (--checkpointing) goes block by block, and DistributedDataParallel
+reduces the gradients of one part while the next runs. Left out, and why:
+
+    building sparse tables                 sizes depend on the data: the host reads them (`make_tables`)
+    masks, augmentation, rays, dropout's   one `torch.Generator` per sample, which graphs cannot take
+    masks
+    lift, voxel_pool, trilinear and the    our kernels, not elementwise work: they run between the parts (on a CPU
+    renderer                               their references)
+    losses                                 the assignment runs on the host
+    single convolutions and linear layers  there is nothing to fuse: downsampling, simple depth head, branches of the
+                                           detection head
+    parts with a batch norm, if there are  their norms wait for each other's sums, and processes that compile at
+    several processes                      different sizes might order these sums differently
+    validation                             runs `uncompiled`: it would need graphs of its own, for a few frames
+"""
+
+import contextlib
+from collections import Counter
+
+import torch
+from torch import nn
+
+from unipad.errors import UserError
+from unipad.model.camera import FPN, Block, LayerNorm2d
+from unipad.model.decoder import DecoderLayer
+from unipad.model.depth import ASPP, ResidualBlock
+from unipad.model.lidar import Second, SecondFPN, SparseEncoder
+from unipad.model.norm import SyncedBatchNorm
+from unipad.model.unet import Unet
+from unipad.model.volume import ConvNormReLU3d, FrameFusion
+from unipad.runtime import World
+
+# Class of a part -> torch.compile's `dynamic`. True: the number of voxels or queries changes with every batch. None:
+# sizes are compiled in, until one of them changes, such as the padded image's.
+PARTS = {
+    Block: None,
+    LayerNorm2d: None,
+    FPN: None,
+    ResidualBlock: None,
+    ASPP: None,
+    Second: None,
+    SecondFPN: None,
+    FrameFusion: None,
+    ConvNormReLU3d: None,
+    SparseEncoder: True,
+    Unet: True,
+    DecoderLayer: True,
+}
+# Graphs of one class: a ConvNeXt has up to four widths, each with and without drop path, gradients and fixed sizes.
+MAX_GRAPHS = 64
+
+
+def compile_parts(net: nn.Module, world: World, backend: str = "inductor"):
+    """Compile the parts of `net` in place; each compiles when it first runs.
+
+    backend: of torch.compile; tests use one that needs no C++ compiler.
+
+    Raises `UserError` without a C++ compiler on a CPU.
+    """
+    if backend == "inductor" and world.device.type == "cpu":
+        _require_cxx()
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.optimize_ddp = False  # it would split graphs into buckets: parts are smaller than one
+    parts = parts_of(net, world.size)
+    for part in parts:
+        part.compile(fullgraph=True, dynamic=PARTS[type(part)], backend=backend)
+    counts = Counter(type(part).__name__ for part in parts)
+    world.print0("--compile:", ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing to compile")
+
+
+def parts_of(net: nn.Module, processes: int) -> list[nn.Module]:
+    """The modules to compile, none of them inside another."""
+    parts, inside = [], set()
+    for module in net.modules():  # a module comes before those inside it
+        if type(module) not in PARTS or module in inside:
+            continue
+        if processes > 1 and any(isinstance(m, SyncedBatchNorm) for m in module.modules()):
+            continue
+        parts.append(module)
+        inside.update(module.modules())
+    return parts
+
+
+def uncompiled(compiled: bool):
+    """Context in which compiled parts run as if they were not; of no effect if nothing is `compiled`."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
+def _require_cxx():
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise UserError(
+            "--compile needs a C++ compiler on a CPU, and there is none; install g++ (Linux) or clang (macOS), name it "
+            "in CXX, or leave the flag out."
+        ) from None

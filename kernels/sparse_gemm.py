@@ -76,14 +76,14 @@ def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
     block_i, block_o = (_block(channels, max_block) for channels in (I, O))
     tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)  # of [O, I]
     # a chunk's length is a multiple of the largest candidate's step
-    chunks = table.chunks(_max_chunks(K, M, I, O, tiles), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
-    partial = features.new_empty(len(chunks.first), O, I, dtype=torch.float32)
+    pairs = table.pairs(_max_chunks(K, M, I, O, tiles), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
+    partial = features.new_empty(len(pairs.first), O, I, dtype=torch.float32)
 
     def launch(candidate):
-        (block_r, stages), pairs = candidate, table.pairs()
-        _d_weight_kernel[(len(chunks.first), tiles)](
+        block_r, stages = candidate
+        _d_weight_kernel[(len(pairs.first), tiles)](
             features_ptr=features, d_out_ptr=d_out, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx,
-            first_ptr=chunks.first, end_ptr=chunks.end, partial_ptr=partial, I=I, O=O,
+            first_ptr=pairs.first, end_ptr=pairs.end, partial_ptr=partial, I=I, O=O,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             BLOCK_R=block_r, BLOCK_I=block_i, BLOCK_O=block_o,
             num_warps=8 if block_i * block_o > 8192 else 4, num_stages=stages,
@@ -95,7 +95,7 @@ def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
         candidates = candidates[2:]  # the others spill on sm_80
     launch(tuning.choose(kind, candidates, launch, features.device))
     _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](
-        partial_ptr=partial, chunk_end_idx_ptr=chunks.chunk_end_idx, d_weight_ptr=d_weight,
+        partial_ptr=partial, chunk_end_idx_ptr=pairs.chunk_end_idx, d_weight_ptr=d_weight,
         K=K, I=I, O=O, BLOCK_E=BLOCK_E,
     )  # fmt: skip
     return d_weight
@@ -292,7 +292,7 @@ def _gather_gemm_kernel(
 @jit
 def _d_weight_kernel(
     features_ptr, d_out_ptr,  # [N, I], [M, O]
-    read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs` and `Chunks`
+    read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs`
     partial_ptr,  # [chunks, O, I]
     I, O,  # input and output channels
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,

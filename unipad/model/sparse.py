@@ -53,6 +53,7 @@ class VoxelSet:
         batch_size: int,
         in_order: bool = False,
         check: bool = True,
+        keys: Tensor | None = None,
     ):
         """
         coords:     [N, 4] int32 (b, z, y, x), each voxel once.
@@ -60,6 +61,7 @@ class VoxelSet:
         batch_size: number of grids; some may be empty.
         in_order:   the voxels are already in ascending order of (b, z, y, x), and need not be sorted.
         check:      raise ValueError for a voxel that is outside or occurs twice; waits for the device.
+        keys:       [N] int64, of `voxel_keys`, if already computed.
         """
         assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
         assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
@@ -67,6 +69,8 @@ class VoxelSet:
         self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
         self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
         self._cache, self._is_in_order = StreamCache(), in_order
+        if keys is not None:
+            self._cache.put("keys", coords.device, keys)
         self.keys()  # fills the cache, which compiled code only reads
         if check:
             self._cache.put("sorted", coords.device, voxel_keys.sort_voxels(self.coords, self.shape))
@@ -106,12 +110,12 @@ class VoxelSet:
     @torch.compiler.disable
     def _make_strided(self, geometry):
         shape = sparse_outputs.out_shape(self.shape, *geometry)
-        coords, neighbor_idx = sparse_map.strided_map(
+        coords, keys, *tables = sparse_map.strided_tables(
             self.coords, self.shape, *geometry, self.batch_size, *self._sorted_keys()
         )
-        outputs = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
+        outputs = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False, keys=keys)
         kernel, *_ = geometry
-        outputs.source = (self, kernel, Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
+        outputs.source = (self, kernel, Table.of(*tables))
         self._cache.put(geometry, self.coords.device, weakref.ref(outputs))
         return outputs
 

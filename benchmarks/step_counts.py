@@ -350,7 +350,7 @@ def voxel_counts(recipe):
         settings = cfg.cell, encoder.voxel_counts, cfg.max_points, cfg.max_voxels[0]  # 0: in training
         (_, coords), extent = voxelize(points, number, recipe.grid.low, *settings), ([0] * 3, [0] * 3)
 
-    def sparse_conv(features, weight, table, inverse, allow_tf32=False):
+    def sparse_conv(features, weight, table, inverse, allow_tf32=False, rounded=None):
         idx = NeighborTable.of(table).idx
         (K, M), N = idx.shape, len(features)
         if (K, N, M) not in pairs:

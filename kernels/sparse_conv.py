@@ -8,8 +8,6 @@ Submanifold, strided, inverse and transposed convolutions differ only in their t
 are in kernels/sparse_gemm.py, for a CPU in kernels/sparse_reference.py.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from unipad.kernels.sparse_tiles import NeighborTable
 
 def sparse_conv(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor | NeighborTable, inverse_idx: Tensor | NeighborTable | None,
-    allow_tf32: bool = False,
+    allow_tf32: bool = False, rounded: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Convolve the features of N voxels to those of M voxels.
 
@@ -36,6 +34,9 @@ def sparse_conv(
                       its `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution
                       with an odd kernel; gradients then use the cache of `neighbor_idx`.
         allow_tf32:   multiply fp32 features in tf32 (10-bit mantissa).
+        rounded:      `weight` in the features' type (under autocast: in autocast's) and without gradient, if the caller
+                      has it, e.g. because it casts all weights of a net at once. The forward and the backward then cast
+                      nothing.
 
     Returns:
         [M, Cout] in the features' type; 0 for an output without neighbors.
@@ -45,15 +46,15 @@ def sparse_conv(
     Deterministic. Raises AssertionError if shapes or types do not match.
     """
     _check_inverse(features, neighbor_idx, inverse_idx)
-    features = _check(features, weight, neighbor_idx)
-    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, _on_reference(features))
+    features = _check(features, weight, neighbor_idx, rounded)
+    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, rounded, _on_reference(features))
 
 
-def sparse_conv_ref(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
+def sparse_conv_ref(features, weight, neighbor_idx, inverse_idx, allow_tf32=False, rounded=None):
     """`sparse_conv` in plain PyTorch; multiplies in the accumulation type."""
     _check_inverse(features, neighbor_idx, inverse_idx)
-    features = _check(features, weight, neighbor_idx)
-    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference=True)
+    features = _check(features, weight, neighbor_idx, rounded)
+    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, rounded, reference=True)
 
 
 def sparse_conv_act(
@@ -90,7 +91,7 @@ def _on_reference(features):
     return features.dtype == torch.float64 or not on_triton(features)
 
 
-def _check(features, weight, neighbor_idx):
+def _check(features, weight, neighbor_idx, rounded=None):
     """Check shapes and types; returns the features, cast under autocast."""
     fits = features.dim() == 2 and weight.dim() == 5 and features.shape[1] == weight.shape[4]
     assert fits, f"{tuple(features.shape)=} and {tuple(weight.shape)=} do not match"
@@ -100,7 +101,10 @@ def _check(features, weight, neighbor_idx):
     assert neighbor_idx.dtype == torch.int32, f"tables are int32, not {neighbor_idx.dtype}"
     assert features.is_floating_point() and weight.is_floating_point(), f"{features.dtype=}, {weight.dtype=}"
     if features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type):
-        return features.to(torch.get_autocast_dtype(features.device.type))
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    if rounded is not None:
+        fits = rounded.shape == weight.shape and rounded.dtype == features.dtype and not rounded.requires_grad
+        assert fits, f"`rounded` is {tuple(rounded.shape)} {rounded.dtype}, not `weight` as {features.dtype}, detached"
     return features
 
 
@@ -128,15 +132,16 @@ def _tensor(table):
     return table.idx if isinstance(table, NeighborTable) else table
 
 
-def _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference):
+def _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, rounded, reference):
     options = allow_tf32, reference
     if torch.compiler.is_compiling():
         return _sparse_conv_op(features, weight, _tensor(neighbor_idx), _tensor(inverse_idx), *options)
     table = NeighborTable.of(neighbor_idx)
+    rounded = weight.detach().to(features.dtype) if rounded is None else rounded
     if not torch.is_grad_enabled():
-        return _forward(features, weight, table, None, *options)
+        return _forward(features, rounded, table, None, *options)
     inverse = None if inverse_idx is None else NeighborTable.of(inverse_idx)
-    return SparseConv.apply(features, weight, table, inverse, *options)
+    return SparseConv.apply(features, weight, rounded, table, inverse, *options)
 
 
 def _run_act(features, weight, neighbor_idx, scale, shift, residual, relu, allow_tf32, reference):
@@ -188,25 +193,28 @@ def _forward_act(
 
 def _backward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, d_out: Tensor,
-    for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool,
+    for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool, weight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients w.r.t. the features and the weights; empty where not needed."""
+    """Gradients w.r.t. the features and the weights; empty where not needed.
+
+    weight_dtype: of the gradient; `weight` may be rounded.
+    """
     mirrored = inverse_idx is None  # the inverse is neighbor_idx.flip(0): the same table, its offsets reversed
     table = NeighborTable.of(neighbor_idx)
     inverse = table if mirrored else NeighborTable.of(inverse_idx)
+    flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     if reference:
-        flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
         d_features, d_weight = backward_ref(features, flat, d_out, inverse, mirrored, for_features, for_weight)
     else:
         if for_features:
-            # one copy casts and transposes: [Cin, K, Cout]
-            flat = weight.flatten(1, 3).permute(2, 1, 0).to(features.dtype, memory_format=torch.contiguous_format)
-            d_features = gather_gemm(d_out, flat, inverse, allow_tf32, mirrored)
+            d_features = gather_gemm(d_out, flat, inverse, allow_tf32, mirrored, transposed=True)
         if for_weight:
             d_weight = d_weight_of(features, d_out, table, allow_tf32, submanifold=mirrored)
     return (
         d_features.to(features.dtype) if for_features else features.new_empty(0),
-        d_weight.to(weight.dtype).reshape(weight.shape).contiguous() if for_weight else weight.new_empty(0),
+        d_weight.to(weight_dtype).reshape(weight.shape).contiguous()
+        if for_weight
+        else weight.new_empty(0, dtype=weight_dtype),
     )
 
 
@@ -228,38 +236,48 @@ def _(features, weight, neighbor_idx, *_):
 
 
 @_sparse_conv_bwd_op.register_fake
-def _(features, weight, neighbor_idx, inverse_idx, d_out, for_features, for_weight, allow_tf32, reference):
+def _(features, weight, neighbor_idx, inverse_idx, d_out, for_features, for_weight, allow_tf32, reference, dtype):
     d_features = features.new_empty(features.shape if for_features else 0)
-    return d_features, weight.new_empty(weight.shape if for_weight else 0)
+    return d_features, weight.new_empty(weight.shape if for_weight else 0, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.allow_tf32, ctx.reference = inputs
     ctx.save_for_backward(*tensors)
-    ctx.tables = ()  # they are among the tensors
+    ctx.tables, ctx.weight_dtype = (), tensors[1].dtype  # the tables are among the tensors
 
 
 def _gradients(ctx, d_out, backward):
     needed = ctx.needs_input_grad[:2]
-    grads = backward(*ctx.saved_tensors, *ctx.tables, d_out, *needed, ctx.allow_tf32, ctx.reference)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None, None
+    options = ctx.allow_tf32, ctx.reference, ctx.weight_dtype
+    grads = backward(*ctx.saved_tensors, *ctx.tables, d_out, *needed, *options)
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
-_sparse_conv_op.register_autograd(partial(_gradients, backward=_sparse_conv_bwd_op), setup_context=_setup_context)
+def _compiled_gradients(ctx, d_out):
+    return *_gradients(ctx, d_out, _sparse_conv_bwd_op), None, None, None, None
+
+
+_sparse_conv_op.register_autograd(_compiled_gradients, setup_context=_setup_context)
 
 
 class SparseConv(torch.autograd.Function):
-    """`sparse_conv` in eager mode: neighbor_idx is a `NeighborTable`, inverse_idx another or None."""
+    """`sparse_conv` in eager mode: neighbor_idx is a `NeighborTable`, inverse_idx another or None.
 
-    forward = staticmethod(_forward)
+    Multiplies by `rounded`, the weights in the features' type, and saves only these.
+    """
+
+    @staticmethod
+    def forward(features, weight, rounded, table, inverse, allow_tf32, reference):
+        return _forward(features, rounded, table, inverse, allow_tf32, reference)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, table, inverse, ctx.allow_tf32, ctx.reference = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.tables = table, inverse
+        features, weight, rounded, *ctx.tables, ctx.allow_tf32, ctx.reference = inputs
+        ctx.save_for_backward(features, rounded)
+        ctx.weight_dtype = weight.dtype
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        return _gradients(ctx, d_out, _backward)
+        return *_gradients(ctx, d_out, _backward), None, None, None, None, None

@@ -16,16 +16,19 @@ from unipad.kernels import backend, tuning
 from unipad.kernels.backend import jit, tl, triton
 
 
-def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, None, None, False)):
+def gather_gemm(
+    features, weight, table, allow_tf32, mirrored=False, transposed=False, act=(None, None, None, False)
+):  # fmt: skip
     """Features [N, I], weights [O, K, I] and a `NeighborTable` [K, M] -> [M, O] in the features' type.
 
-    mirrored: the table's offsets are in the reverse order of the weights'.
-    act:      scale, shift, residual and relu of `sparse_conv_act`.
+    mirrored:   the table's offsets are in the reverse order of the weights'.
+    transposed: the weights are [I, K, O], as for the gradient of the features.
+    act:        scale, shift, residual and relu of `sparse_conv_act`.
 
     Every output is summed by one program, in the order of the offsets. If anything is empty, returns zeros, without
     `act`.
     """
-    (O, K, I), M = weight.shape, table.idx.shape[1]
+    (O, K, I), M = (weight.transpose(0, 2) if transposed else weight).shape, table.idx.shape[1]
     features, weight = features.contiguous(), weight.contiguous()
     out = features.new_empty(M, O)
     if not min(M, I, O, len(features)):
@@ -38,7 +41,8 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
             features_ptr=features, weight_ptr=weight, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx,
             offset_idx_ptr=tiles.offset_idx, read_idx_ptr=tiles.read_idx, out_ptr=out,
             scale_ptr=scale, shift_ptr=shift, residual_ptr=residual, K=K, I=I, O=O,
-            RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
+            RELU=relu, MIRRORED=mirrored, TRANSPOSED=transposed,
+            PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), VIA_L1=blocks.via_l1,
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
@@ -46,7 +50,9 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
     def run_trial(blocks):
         launch(blocks, table.trial())  # a copy: tiles made in a trial are not cached, so every trial makes them
 
-    kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
+    # all that the launch is compiled for
+    flags = mirrored, transposed, relu, *(v is not None for v in (scale, shift, residual))
+    kind = "gather_gemm", features.dtype, allow_tf32, *flags, K, I, O, M
     launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), run_trial, features.device))
     return out
 
@@ -70,14 +76,14 @@ def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
     block_i, block_o = (_block(channels, max_block) for channels in (I, O))
     tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)  # of [O, I]
     # a chunk's length is a multiple of the largest candidate's step
-    chunks = table.chunks(_max_chunks(K, M, I, O, tiles), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
-    partial = features.new_empty(len(chunks.first), O, I, dtype=torch.float32)
+    pairs = table.pairs(_max_chunks(K, M, I, O, tiles), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
+    partial = features.new_empty(len(pairs.first), O, I, dtype=torch.float32)
 
     def launch(candidate):
-        (block_r, stages), pairs = candidate, table.pairs()
-        _d_weight_kernel[(len(chunks.first), tiles)](
+        block_r, stages = candidate
+        _d_weight_kernel[(len(pairs.first), tiles)](
             features_ptr=features, d_out_ptr=d_out, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx,
-            first_ptr=chunks.first, end_ptr=chunks.end, partial_ptr=partial, I=I, O=O,
+            first_ptr=pairs.first, end_ptr=pairs.end, partial_ptr=partial, I=I, O=O,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             BLOCK_R=block_r, BLOCK_I=block_i, BLOCK_O=block_o,
             num_warps=8 if block_i * block_o > 8192 else 4, num_stages=stages,
@@ -89,7 +95,7 @@ def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
         candidates = candidates[2:]  # the others spill on sm_80
     launch(tuning.choose(kind, candidates, launch, features.device))
     _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](
-        partial_ptr=partial, chunk_end_idx_ptr=chunks.chunk_end_idx, d_weight_ptr=d_weight,
+        partial_ptr=partial, chunk_end_idx_ptr=pairs.chunk_end_idx, d_weight_ptr=d_weight,
         K=K, I=I, O=O, BLOCK_E=BLOCK_E,
     )  # fmt: skip
     return d_weight
@@ -212,12 +218,13 @@ def _widen(features):
 
 @jit
 def _gather_gemm_kernel(
-    features_ptr, weight_ptr,  # [N, I], [O, K, I]
+    features_ptr, weight_ptr,  # [N, I], [O, K, I] (TRANSPOSED: [I, K, O])
     row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr,  # of `Tiles`; `_idx`: int32, counts too
     out_ptr,  # [M, O]
     scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
     K, I, O,  # offsets, input and output channels
-    RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    RELU: tl.constexpr, MIRRORED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I if PACK > 1, else 0 and STEPS steps per offset
     VIA_L1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -227,7 +234,7 @@ def _gather_gemm_kernel(
     j = tl.arange(0, BLOCK_I)
     lane = tl.arange(0, BLOCK_M)
     o_ok = o < O
-    weight_ptr += o.to(tl.int64)[None, :] * K * I
+    weight_ptr += o[None, :] if TRANSPOSED else o.to(tl.int64)[None, :] * K * I
     offset_idx_ptr += tile * K
     read_idx_ptr += tile * K * BLOCK_M
     count = tl.load(count_idx_ptr + tile)
@@ -257,7 +264,10 @@ def _gather_gemm_kernel(
             at_x = n[:, None] * I + c[None, :]
             x_ok = (n >= 0)[:, None] & c_ok[None, :]
         k = (K - 1 - k if MIRRORED else k).to(tl.int64)
-        at_w = k[:, None] * C + c[:, None] if PACK > 1 else k * I + c[:, None]
+        if TRANSPOSED:
+            at_w = (c[:, None].to(tl.int64) * K + (k[:, None] if PACK > 1 else k)) * O
+        else:
+            at_w = k[:, None] * C + c[:, None] if PACK > 1 else k * I + c[:, None]
         modifier: tl.constexpr = ".ca" if VIA_L1 else ""
         x = tl.load(features_ptr + at_x, mask=x_ok, other=0.0, cache_modifier=modifier)  # [BLOCK_M, BLOCK_I]
         w = tl.load(weight_ptr + at_w, mask=c_ok[:, None] & o_ok[None, :], other=0.0)  # [BLOCK_I, BLOCK_O]
@@ -282,7 +292,7 @@ def _gather_gemm_kernel(
 @jit
 def _d_weight_kernel(
     features_ptr, d_out_ptr,  # [N, I], [M, O]
-    read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs` and `Chunks`
+    read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs`
     partial_ptr,  # [chunks, O, I]
     I, O,  # input and output channels
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,

@@ -27,7 +27,16 @@ from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, opaque, tl, triton
 from unipad.kernels.sparse_outputs import max_readers, out_shape, output_coords, output_keys, transposed_out_shape
-from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, check_grid, checked, key_of, load_voxels, sort_voxels
+from unipad.kernels.voxel_keys import (
+    NO_KEY,
+    NO_KEY_SHORT,
+    check_grid,
+    checked,
+    key_of,
+    load_voxels,
+    sort_voxels,
+    voxel_keys_ref,
+)
 
 
 @opaque(lambda coords, keys, order, shape, kernel, dilation: coords.new_empty(prod(kernel), len(coords)))
@@ -142,11 +151,8 @@ def strided_map(
     geometry = kernel, stride, padding, dilation
     if not on_triton(coords):
         return strided_map_ref(coords, shape, *geometry)
-    coords, out = _checked_strided(coords, shape, geometry, batch_size)
-    out_coords = output_coords(output_keys(coords, out, geometry, batch_size, transposed=False), out)
-    if keys is None:
-        keys, order = sort_voxels(coords, shape, check=False)
-    return out_coords, _neighbors(out_coords, None, keys, order, shape, *geometry)
+    out_coords, _, neighbor_idx, _ = _strided(coords, shape, geometry, batch_size, keys, order, with_inverse=False)
+    return out_coords, neighbor_idx
 
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
@@ -163,6 +169,60 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size
         cells.append(cell)
         offsets.append(offset)
     return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
+
+
+def _strided_tables_fake(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
+    out_coords, neighbor_idx = _map_fake(coords, shape, kernel, stride, padding, dilation)
+    out_keys = coords.new_empty(len(out_coords), dtype=torch.int64)
+    return out_coords, out_keys, neighbor_idx, coords.new_empty(prod(kernel), len(coords))
+
+
+@opaque(_strided_tables_fake)
+def strided_tables(
+    coords: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    batch_size: int | None = None,
+    keys: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that a strided convolution and its gradient need, in fewer launches than one after the other.
+
+    Args as `strided_map`, whose results are the first and the third.
+
+    Returns:
+        out_coords:   [M, 4] int32.
+        out_keys:     [M] int64, `voxel_keys` of out_coords.
+        neighbor_idx: [K, M] int32.
+        inverse_idx:  [K, N] int32, `inverse_map` of neighbor_idx.
+    """
+    geometry = kernel, stride, padding, dilation
+    if not on_triton(coords):
+        return strided_tables_ref(coords, shape, *geometry)
+    return _strided(coords, shape, geometry, batch_size, keys, order, with_inverse=True)
+
+
+def strided_tables_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
+    """`strided_tables` in plain PyTorch; ignores `keys` and `order`."""
+    geometry = kernel, stride, padding, dilation
+    out_coords, neighbor_idx = strided_map_ref(coords, shape, *geometry)
+    out_keys = voxel_keys_ref(out_coords, out_shape(shape, *geometry))
+    return out_coords, out_keys, neighbor_idx, inverse_map_ref(neighbor_idx, len(coords))
+
+
+def _strided(coords, shape, geometry, batch_size, keys, order, with_inverse):
+    """The results of `strided_tables`; the last is None unless `with_inverse`."""
+    coords, out = _checked_strided(coords, shape, geometry, batch_size)
+    inverse_idx = coords.new_empty(prod(geometry[0]), len(coords)) if with_inverse else None
+    short_keys = output_keys(coords, out, geometry, batch_size, transposed=False, inverse_idx=inverse_idx)
+    out_coords, out_keys = output_coords(short_keys, out)
+    if keys is None:
+        keys, order = sort_voxels(coords, shape, check=False)
+    neighbor_idx = _neighbors(out_coords, None, keys, order, shape, *geometry, inverse_idx)
+    return out_coords, out_keys, neighbor_idx, inverse_idx
 
 
 def _checked_strided(coords, shape, geometry, batch_size):
@@ -193,7 +253,7 @@ def transposed_map(
     out_keys = output_keys(coords, out, geometry, batch_size, transposed=True)
     # the table of the strided convolution from the outputs to the inputs
     inverse_idx = _neighbors(coords, None, out_keys, None, out, *geometry)
-    return output_coords(out_keys, out), inverse_map(inverse_idx, len(out_keys))
+    return output_coords(out_keys, out)[0], inverse_map(inverse_idx, len(out_keys))
 
 
 def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None):
@@ -218,7 +278,7 @@ def _checked_transposed(coords, shape, geometry, batch_size):
     return coords, out
 
 
-def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation):
+def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation, inverse_idx=None):
     """[K, M] int32 rows of the voxels that M readers read, or -1: offset k of reader o reads cell
     o stride - padding + k dilation.
 
@@ -228,14 +288,15 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
         keys, order:  [N] of the voxels that are read, from `sort_voxels`; order None: stored by key.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
+        inverse_idx:  [K, N] int32 of -1, or None: the inverse table is written to it.
     """
     (kz, ky, kx), (dz, dy, dx), (Z, Y, X), M, N = kernel, dilation, shape, len(coords), len(keys)
     neighbor_idx = coords.new_empty(prod(kernel), M)
     if neighbor_idx.numel():
         _neighbors_kernel[(triton.cdiv(M, BLOCK), kz * ky)](
             coords_ptr=coords, reader_order_ptr=reader_order, keys_ptr=keys, order_ptr=order,
-            neighbor_idx_ptr=neighbor_idx, M=M, N=N, Z=Z, Y=Y, X=X, KY=ky, stride=tuple(stride), padding=tuple(padding),
-            DZ=dz, DY=dy, STEPS=N.bit_length(),
+            neighbor_idx_ptr=neighbor_idx, inverse_idx_ptr=inverse_idx, M=M, N=N, Z=Z, Y=Y, X=X, KY=ky,
+            stride=tuple(stride), padding=tuple(padding), DZ=dz, DY=dy, STEPS=N.bit_length(),
             KX=kx, DX=dx, NO_KEY=NO_KEY if keys.dtype == torch.int64 else NO_KEY_SHORT, BLOCK=BLOCK,
         )  # fmt: skip
     return neighbor_idx
@@ -315,7 +376,7 @@ BLOCK = 256  # voxels or table entries per program
 @jit(varying=("M", "N", "Z", "Y", "X", "STEPS"))
 def _neighbors_kernel(
     coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
-    neighbor_idx_ptr,  # [K, M]
+    neighbor_idx_ptr, inverse_idx_ptr,  # [K, M], [K, N] or None
     M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS: iterations of the binary search
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -348,6 +409,9 @@ def _neighbors_kernel(
         if order_ptr is not None:
             neighbor = tl.load(order_ptr + at, mask=found, other=-1).to(tl.int32)
         tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * M + m, neighbor, mask=p_ok)
+        if inverse_idx_ptr is not None:
+            at_inverse = (column * KX + k).to(tl.int64) * N + neighbor
+            tl.store(inverse_idx_ptr + at_inverse, m.to(tl.int32), mask=p_ok & found)
         wanted += DX
         if k + 1 < KX:
             for _ in tl.static_range(DX):  # the linear scan: at most one key in each of the next DX cells

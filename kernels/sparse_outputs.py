@@ -57,8 +57,9 @@ def max_readers(kernel, stride, dilation):
 
 
 def output_keys(
-    coords: Tensor, out: Sequence[int], geometry: Sequence[Sequence[int]], batch_size: int | None, transposed: bool
-) -> Tensor:
+    coords: Tensor, out: Sequence[int], geometry: Sequence[Sequence[int]], batch_size: int | None, transposed: bool,
+    inverse_idx: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """[M] int64 keys of the output voxels, ascending; int32 if all keys fit. Launches a Triton kernel.
 
     Args:
@@ -67,6 +68,7 @@ def output_keys(
         geometry:   kernel, stride, padding, dilation: cells (z, y, x).
         batch_size: number of samples; None: unknown, keys are int64.
         transposed: whether the convolution is transposed; else it is strided.
+        inverse_idx: [K, N] int32 or None: filled with -1 by the same launch, for `sparse_map._neighbors` to write to.
 
     Waits for the device once, for M.
     """
@@ -81,8 +83,9 @@ def output_keys(
     keys = coords.new_empty(pairs + 1, dtype=dtype)
     Z, Y, X = out
     _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
-        coords_ptr=coords, keys_ptr=keys, PAIRS=pairs, N=len(coords), Z=Z, Y=Y, X=X, slots=slots,
-        kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
+        coords_ptr=coords, keys_ptr=keys, inverse_idx_ptr=inverse_idx, PAIRS=pairs, N=len(coords), Z=Z, Y=Y, X=X,
+        slots=slots, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, K=prod(kernel_size),
+        FILLS=triton.cdiv(prod(kernel_size), prod(slots)),
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
     # `unique` sorts keys without their indices, which moves half as many bytes as `sort`
@@ -90,15 +93,21 @@ def output_keys(
         return torch.unique(keys)[:-1]  # the last is NO_KEY, which the kernel writes at least once, after all pairs
 
 
-def output_coords(keys: Tensor, out: Sequence[int]) -> Tensor:
-    """[M, 4] int32 (b, z, y, x) of keys [M] in a grid of `out` (Z, Y, X) cells. Launches a Triton kernel."""
-    coords = keys.new_empty(len(keys), 4, dtype=torch.int32)
+def output_coords(keys: Tensor, out: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """([M, 4] int32 (b, z, y, x), [M] int64 keys) of keys [M], of any integer type, in a grid of `out` (Z, Y, X) cells.
+
+    Launches a Triton kernel.
+    """
+    coords, long_keys = keys.new_empty(len(keys), 4, dtype=torch.int32), keys
+    if keys.dtype != torch.int64:
+        long_keys = keys.new_empty(len(keys), dtype=torch.int64)
     if len(keys):
         Z, Y, X = out
         _coords_kernel[(triton.cdiv(len(keys), BLOCK),)](
-            keys_ptr=keys, coords_ptr=coords, M=len(keys), Z=Z, Y=Y, X=X, BLOCK=BLOCK
+            keys_ptr=keys, coords_ptr=coords, long_keys_ptr=None if long_keys is keys else long_keys,
+            M=len(keys), Z=Z, Y=Y, X=X, BLOCK=BLOCK,
         )  # fmt: skip
-    return coords
+    return coords, long_keys
 
 
 BLOCK = 256  # voxels per program
@@ -107,8 +116,9 @@ BLOCK_PAIRS = 1024  # pairs of a slot and an input per program
 
 @jit(varying=("PAIRS", "N", "Z", "Y", "X"))
 def _reached_keys_kernel(
-    coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
-    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = all slots * N; Z, Y, X: output grid
+    coords_ptr, keys_ptr, inverse_idx_ptr,  # [N, 4], [PAIRS + 1], [K, N] or None
+    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation, K,  # PAIRS = all slots * N; Z, Y, X: output grid
+    FILLS: tl.constexpr,  # at least K N / PAIRS
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Keys of the output cells of all pairs of a slot and an input; NO_KEY for pairs without a cell and after the last.
@@ -125,6 +135,11 @@ def _reached_keys_kernel(
     x, x_ok = _reached_cell(x, slot_x, X, kernel_size[2], stride[2], padding[2], dilation[2], TRANSPOSED)
     key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
+    if inverse_idx_ptr is not None:  # every pair fills as many entries
+        size = K.to(tl.int64) * N
+        for _ in tl.static_range(FILLS):
+            tl.store(inverse_idx_ptr + pair, tl.full(pair.shape, -1, tl.int32), mask=ok & (pair < size))
+            pair += PAIRS
 
 
 @triton.jit
@@ -141,8 +156,8 @@ def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSE
 
 
 @jit(varying=("M", "Z", "Y", "X"))
-def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
-    """Keys [M] -> coordinates [M, 4] (b, z, y, x) in a grid of (Z, Y, X) cells."""
+def _coords_kernel(keys_ptr, coords_ptr, long_keys_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
+    """Keys [M] -> coordinates [M, 4] (b, z, y, x) in a grid of (Z, Y, X) cells, and unless None the keys as int64."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_ok = m < M
     key = tl.load(keys_ptr + m, mask=m_ok, other=0)  # ((b Z + z) Y + y) X + x
@@ -153,3 +168,5 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     tl.store(voxel_ptr + 1, (plane % Z).to(tl.int32), mask=m_ok)
     tl.store(voxel_ptr + 2, (row % Y).to(tl.int32), mask=m_ok)
     tl.store(voxel_ptr + 3, (key % X).to(tl.int32), mask=m_ok)
+    if long_keys_ptr is not None:
+        tl.store(long_keys_ptr + m, key.to(tl.int64), mask=m_ok)

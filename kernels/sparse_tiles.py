@@ -34,16 +34,11 @@ class Tiles(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """All pairs of an input row and the output row that reads it, by offset, then by output row."""
+    """All pairs of an input row and the output row that reads it, by offset, then by output row; and the chunks of
+    equal length into which the pairs of each offset are split, in the same order, with room for C chunks."""
 
     read_idx: Tensor  # [K * M] int32, input rows; not written after the last pair
     row_idx: Tensor  # [K * M] int32, output rows; likewise
-    ends: Tensor  # [K, windows] int64, one past the last pair of each offset in each window
-
-
-class Chunks(NamedTuple):
-    """The pairs of each offset, in the order of `Pairs`, split into chunks of equal length; room for C chunks."""
-
     first: Tensor  # [C] int64, index of the chunk's first pair ...
     end: Tensor  # [C] int64, ... and one past its last; unused chunks are empty
     chunk_end_idx: Tensor  # [K] int32, one past the last chunk of each offset
@@ -55,6 +50,7 @@ class Chunks(NamedTuple):
 WINDOW = 1024
 BLOCK_K = 8  # offsets per step of a loop, or per program
 BLOCK_C = 16  # chunks per program
+BLOCK_COUNTS = 1024  # counts of pairs that a program adds up at once
 # Bits of the sort key, one per offset; beyond 48 offsets, consecutive ones share a bit and may carry into the next. The
 # rest of an int64 holds the row's number in the window. With more than MAX_SORTED offsets, 16 per bit, keys could reach
 # that of the padding, 1 << 52, so rows are not sorted then.
@@ -106,24 +102,24 @@ class NeighborTable:
 
         return self.get(("tiles", block_m, sort), make)
 
-    def pairs(self):
-        """`Pairs`, for M > 0."""
-
-        def make():
-            # pairs per offset and window: the same for every block_m; 64 is arbitrary
-            counts = self.cache.find("counts", self.idx.device)
-            return _make_pairs(self.idx, self.tiles(64).pairs_idx if counts is None else counts)
-
-        return self.get("pairs", make)
-
-    def chunks(self, max_chunks, min_pairs, multiple):
-        """`Chunks`, for M > 0: at most max_chunks + K of them, since the last chunk of each offset may be shorter.
+    def pairs(self, max_chunks, min_pairs, multiple):
+        """`Pairs`, for M > 0, in at most max_chunks + K chunks, since the last chunk of each offset may be shorter.
 
         Their length in pairs is the smallest with which `max_chunks` full chunks hold all pairs, that is at least
-        `min_pairs`, and that is a multiple of `multiple`.
+        `min_pairs`, and that is a multiple of `multiple`. Other chunks of the same table share the rows.
         """
-        key = "chunks", max_chunks, min_pairs, multiple
-        return self.get(key, lambda: _make_chunks(self.pairs().ends, max_chunks, min_pairs, multiple))
+
+        def make():
+            device = self.idx.device
+            # pairs per offset and window: the same for every block_m; 64 is arbitrary
+            counts = self.cache.find("counts", device)
+            counts = self.tiles(64).pairs_idx if counts is None else counts
+            rows = self.cache.find("pairs", device)
+            pairs = _make_pairs(self.idx, counts, rows, max_chunks, min_pairs, multiple)
+            self.cache.put("pairs", device, (pairs.read_idx, pairs.row_idx))
+            return pairs
+
+        return self.get(("chunks", max_chunks, min_pairs, multiple), make)
 
     def trial(self):
         """A copy for timing candidates: starts with this table's cache, and adds nothing to it."""
@@ -155,26 +151,21 @@ def _make_tiles(table, block_m, sort):
     return tiles
 
 
-def _make_pairs(table, counts):
+def _make_pairs(table, counts, rows, max_chunks, min_pairs, multiple):
+    """rows: the first two fields, if they exist already; then only the chunks are made."""
     (K, M), windows = table.shape, counts.shape[1]
-    pairs = Pairs(table.new_empty(K * M), table.new_empty(K * M), counts.flatten().cumsum(0).view(K, windows))
-    _pairs_kernel[(windows, triton.cdiv(K, BLOCK_K))](
-        table_idx_ptr=table, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx, ends_ptr=pairs.ends,
-        M=M, K=K, W=windows, WINDOW=_window(M), BLOCK_K=BLOCK_K, num_warps=8,
+    C, pair_programs = max_chunks + K, 0 if rows else windows * triton.cdiv(K, BLOCK_K)
+    read_idx, row_idx = rows or (table.new_empty(K * M), table.new_empty(K * M))
+    first, end = (table.new_empty(C, dtype=torch.int64) for _ in range(2))
+    pairs = Pairs(read_idx, row_idx, first, end, table.new_empty(K))
+    _pairs_kernel[(pair_programs + triton.cdiv(C, BLOCK_C),)](
+        table_idx_ptr=table, counts_idx_ptr=counts, read_idx_ptr=read_idx, row_idx_ptr=row_idx,
+        first_ptr=first, end_ptr=end, chunk_end_idx_ptr=pairs.chunk_end_idx,
+        M=M, K=K, W=windows, PAIR_PROGRAMS=pair_programs, MAX_CHUNKS=max_chunks, MIN_PAIRS=min_pairs, MULTIPLE=multiple,
+        WINDOW=_window(M), BLOCK_K=BLOCK_K, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=triton.next_power_of_2(K),
+        BLOCK_COUNTS=BLOCK_COUNTS, num_warps=8,
     )  # fmt: skip
     return pairs
-
-
-def _make_chunks(ends, max_chunks, min_pairs, multiple):
-    K, windows = ends.shape
-    C = max_chunks + K
-    chunks = Chunks(ends.new_empty(C), ends.new_empty(C), ends.new_empty(K, dtype=torch.int32))
-    _chunks_kernel[(triton.cdiv(C, BLOCK_C),)](
-        ends_ptr=ends, first_ptr=chunks.first, end_ptr=chunks.end, chunk_end_idx_ptr=chunks.chunk_end_idx,
-        W=windows, K=K, MAX_CHUNKS=max_chunks,
-        MIN_PAIRS=min_pairs, MULTIPLE=multiple, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=triton.next_power_of_2(K),
-    )  # fmt: skip
-    return chunks
 
 
 @jit(varying=("M", "W"))
@@ -236,44 +227,78 @@ def _sort(key, SIZE: tl.constexpr):
     return key
 
 
-@jit(varying=("M", "W"))
+@jit(varying=("M", "W", "PAIR_PROGRAMS", "MAX_CHUNKS"))
 def _pairs_kernel(
-    table_idx_ptr, read_idx_ptr, row_idx_ptr, ends_ptr,  # [K, M], [K * M], [K * M], [K, W]
-    M, K, W,
-    WINDOW: tl.constexpr, BLOCK_K: tl.constexpr,
+    table_idx_ptr, counts_idx_ptr,  # [K, M], [K, W]: `Tiles.pairs_idx`
+    read_idx_ptr, row_idx_ptr, first_ptr, end_ptr, chunk_end_idx_ptr,  # the fields of `Pairs`
+    M, K, W, PAIR_PROGRAMS, MAX_CHUNKS,
+    MIN_PAIRS: tl.constexpr, MULTIPLE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OFFSETS: tl.constexpr, BLOCK_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """The pairs of BLOCK_K offsets in one window."""
-    window = tl.program_id(0).to(tl.int64)
-    m = window * WINDOW + tl.arange(0, WINDOW)[None, :]
-    k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    """The pairs of BLOCK_K offsets in one window; after PAIR_PROGRAMS such programs, BLOCK_C chunks each.
+
+    Every program adds up the counts that it needs itself, which are few and in the L2, so that one launch is enough.
+    """
+    program = tl.program_id(0)
+    if program < PAIR_PROGRAMS:
+        _write_pairs(
+            table_idx_ptr, counts_idx_ptr, read_idx_ptr, row_idx_ptr, program % W, program // W, M, K, W,
+            WINDOW, BLOCK_K, BLOCK_COUNTS,
+        )  # fmt: skip
+    else:
+        _write_chunks(
+            counts_idx_ptr, first_ptr, end_ptr, chunk_end_idx_ptr, program - PAIR_PROGRAMS, K, W, MAX_CHUNKS,
+            MIN_PAIRS, MULTIPLE, BLOCK_C, BLOCK_OFFSETS, BLOCK_COUNTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_pairs(
+    table_idx_ptr, counts_idx_ptr, read_idx_ptr, row_idx_ptr, window, block, M, K, W,
+    WINDOW: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COUNTS: tl.constexpr,
+):  # fmt: skip
+    k = (block * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    # pairs before those of each offset in this window: a sum over the first `before` of all counts
+    before = tl.where(k < K, k * W + window, 0)
+    needed = tl.max(before, axis=0)
+    begin, i = tl.zeros((BLOCK_K,), tl.int64), tl.arange(0, BLOCK_COUNTS).to(tl.int64)
+    for _ in range(tl.cdiv(needed, BLOCK_COUNTS).to(tl.int32)):
+        count = tl.load(counts_idx_ptr + i, mask=i < needed, other=0)
+        begin += tl.sum(tl.where(i[None, :] < before[:, None], count[None, :], 0).to(tl.int64), axis=1)
+        i += BLOCK_COUNTS
+    m = window.to(tl.int64) * WINDOW + tl.arange(0, WINDOW)[None, :]
     n = tl.load(table_idx_ptr + k[:, None] * M + m, mask=(k < K)[:, None] & (m < M), other=-1)  # [BLOCK_K, WINDOW]
     has = n >= 0
-    counts = has.to(tl.int32)
-    begin = tl.load(ends_ptr + k * W + window, mask=k < K, other=0) - tl.sum(counts, axis=1)
-    dest = begin[:, None] + tl.cumsum(counts, axis=1) - 1
+    dest = begin[:, None] + tl.cumsum(has.to(tl.int32), axis=1) - 1
     tl.store(read_idx_ptr + dest, n, mask=has)
     tl.store(row_idx_ptr + dest, tl.broadcast_to(m, has.shape).to(tl.int32), mask=has)
 
 
-@jit(varying=("W", "MAX_CHUNKS"))
-def _chunks_kernel(
-    ends_ptr, first_ptr, end_ptr, chunk_end_idx_ptr,  # [K, W], [MAX_CHUNKS + K], [MAX_CHUNKS + K], [K]
-    W, K, MAX_CHUNKS,
-    MIN_PAIRS: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+@triton.jit
+def _write_chunks(
+    counts_idx_ptr, first_ptr, end_ptr, chunk_end_idx_ptr, block, K, W, MAX_CHUNKS,
+    MIN_PAIRS: tl.constexpr, MULTIPLE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_OFFSETS: tl.constexpr, BLOCK_COUNTS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C chunks; every program computes the number of chunks of all offsets."""
+    BLOCK_W: tl.constexpr = BLOCK_COUNTS // BLOCK_OFFSETS if BLOCK_COUNTS > BLOCK_OFFSETS else 1
     k = tl.arange(0, BLOCK_OFFSETS)
-    end = tl.load(ends_ptr + (k + 1).to(tl.int64) * W - 1, mask=k < K, other=0)
-    begin = tl.load(ends_ptr + k.to(tl.int64) * W - 1, mask=(k > 0) & (k < K), other=0)  # end of the offset before
-    size = tl.maximum(tl.cdiv(tl.max(end, axis=0), MAX_CHUNKS), MIN_PAIRS)  # the largest end: the number of all pairs
+    total = tl.zeros((BLOCK_OFFSETS,), tl.int64)  # pairs of each offset
+    for first in range(0, W, BLOCK_W):
+        w = first + tl.arange(0, BLOCK_W)
+        ok = (k < K)[:, None] & (w < W)[None, :]
+        count = tl.load(counts_idx_ptr + k.to(tl.int64)[:, None] * W + w[None, :], mask=ok, other=0)
+        total += tl.sum(count.to(tl.int64), axis=1)
+    end = tl.cumsum(total, axis=0)  # index of the pair after the offset's last
+    size = tl.maximum(tl.cdiv(tl.sum(total, axis=0), MAX_CHUNKS), MIN_PAIRS)
     size = tl.cdiv(size, MULTIPLE) * MULTIPLE
-    count = tl.where(k < K, tl.cdiv(end - begin, size), 0)  # chunks of each offset, `size` pairs long
-    chunk_end = tl.cumsum(count, axis=0)
-    tl.store(chunk_end_idx_ptr + k, chunk_end.to(tl.int32), mask=k < K)
-    chunk = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    nth = chunk[:, None] - (chunk_end - count)[None, :]  # [BLOCK_C, BLOCK_OFFSETS], from an offset's first chunk
-    of_offset = (nth >= 0) & (nth < count[None, :])  # True at the chunk's offset; nowhere if the chunk is unused
-    first = tl.sum(tl.where(of_offset, begin[None, :] + nth * size, 0), axis=1)
+    chunks = tl.cdiv(total, size)  # of each offset, `size` pairs long
+    chunk_end = tl.cumsum(chunks, axis=0)
+    tl.store(chunk_end_idx_ptr + k, chunk_end.to(tl.int32), mask=k < tl.where(block == 0, K, 0))
+    chunk = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    nth = chunk[:, None] - (chunk_end - chunks)[None, :]  # [BLOCK_C, BLOCK_OFFSETS], from an offset's first chunk
+    of_offset = (nth >= 0) & (nth < chunks[None, :])  # True at the chunk's offset; nowhere if the chunk is unused
+    first = tl.sum(tl.where(of_offset, (end - total)[None, :] + nth * size, 0), axis=1)
     offset_end = tl.sum(tl.where(of_offset, end[None, :], 0), axis=1)
     tl.store(first_ptr + chunk, first, mask=chunk < MAX_CHUNKS + K)
     tl.store(end_ptr + chunk, tl.minimum(first + size, offset_end), mask=chunk < MAX_CHUNKS + K)

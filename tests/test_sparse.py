@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from unipad.model.sparse import (
     SubMConv3d,
     VoxelSet,
     make_tables,
+    rounded_weights,
 )
 
 SHAPE = (6, 9, 7)  # Z, Y, X
@@ -327,6 +329,25 @@ def test_autocast_runs_in_bf16():
         assert value.isfinite().all(), key
         assert key == "out" or value.dtype == torch.float32, key
     assert (in_bf16["out"] - in_fp32["out"]).abs().max() < 0.05 * in_fp32["out"].abs().max()
+
+
+def test_one_cast_of_all_weights_gives_the_same_bits():
+    """In training and in inference; afterwards, and after an error, the convolutions cast their own again."""
+    net, x = Small(), sparse("scattered", 3, dtype=torch.float32)
+
+    def call(x, context=rounded_weights):
+        with torch.autocast("cpu", torch.bfloat16), context(net):
+            return net(x)
+
+    own, shared = (step(net, partial(call, context=c), x) for c in (lambda net: nullcontext(), rounded_weights))
+    del own["mean"], shared["mean"]  # the second step's
+    assert all(torch.equal(own[key], shared[key]) for key in own)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ZeroDivisionError), rounded_weights(net):
+        assert net.down.rounded.dtype == torch.bfloat16 and net.point.rounded is None  # 1 x 1 x 1: by autocast itself
+        raise ZeroDivisionError
+    assert all(m.rounded is None for m in (net.stem, net.down, net.up, net.point, net.halve))
+    with rounded_weights(net):
+        assert net.down.rounded is None  # without autocast
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """Sparse convolutions: kernels compared with references, references with dense convolutions and by hand."""
 
+from collections import Counter
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.check import check_against_ref, launches
 from unipad.kernels import sparse_gemm
@@ -109,6 +111,19 @@ def grads(out, *leaves):
     gen = torch.Generator().manual_seed(1)
     up = torch.randn(out.shape, generator=gen, dtype=torch.float64).to(out)
     return torch.autograd.grad(out, leaves, up)
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts and copies, by the shape of the tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+            self.of[args[0].shape] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -357,6 +372,25 @@ def test_autocast_casts_features_but_not_the_weights_gradient(fn, device):
     d_features, d_weight = grads(out, features, weight)
     assert d_features.dtype == d_weight.dtype == torch.float32
     assert not torch.equal(d_weight, d_weight.bfloat16().float())  # never rounded
+
+
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+def test_weights_that_the_caller_has_rounded_give_the_same_bits(fn, device):
+    """The forward then has one cast less, that of the weights; the backward has the forward's."""
+    inputs, *_ = make_inputs(*CASES[2], device, torch.float32)
+    features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+    results, casts = [], []
+    for rounded in (None, weight.detach().bfloat16()):
+        with Casts() as casts_made:
+            with torch.autocast(device, torch.bfloat16):
+                out = fn(**inputs, rounded=rounded)
+            results.append((out, *grads(out, features, weight)))
+        casts.append(casts_made.of[weight.shape])
+    assert all(map(torch.equal, *results)) and casts[0] == casts[1] + 1
+    # with a gradient, not rounded, of another shape
+    for other in (weight.bfloat16(), weight.detach(), weight.detach().bfloat16()[1:]):
+        with pytest.raises(AssertionError, match="`rounded` is"):
+            fn(**inputs | dict(features=features.bfloat16()), rounded=other)
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])

@@ -24,7 +24,8 @@ MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i
 LAUNCHES = [
     Launch(
         "_gather_gemm_kernel",
-        flags | act | dict(MIRRORED=mirrored, VIA_L1=True, C=c, PACK=pack, STEPS=steps)
+        # only the gradient of the features is mirrored, and only there the weights are transposed
+        flags | act | dict(MIRRORED=mirrored, TRANSPOSED=mirrored, VIA_L1=True, C=c, PACK=pack, STEPS=steps)
         | dict(BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=MORE,
         registers=registers, shared=shared, mma=mma, limits_on=targets,
@@ -40,6 +41,7 @@ LAUNCHES = [
         (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), BF16, "HGMMA", 104, 8192, ONE_TARGET),
         (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, BY_16, FP32, "HGMMA", 48, 32000, ONE_TARGET),
         (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, BY_16, FP32, "HGMMA", 128, 74760, ONE_TARGET),
+        (TF32, PLAIN, True, 0, 1, 2, 128, 32, 64, 4, BY_16, FP32, "HGMMA", 128, 74760, ONE_TARGET),
         (IEEE, PLAIN, False, 5, 3, 1, 64, 16, 16, 4, (), FP32, "", 96, 18560, ONE_TARGET),
         (IEEE, FULL, False, 0, 1, 2, 64, 32, 32, 4, BY_16, FP32, "", 128, 25096, EVERY),
         (IEEE, PLAIN, True, 0, 1, 2, 64, 16, 16, 4, (), FP32, "", 80, 10760, ONE_TARGET),
@@ -47,7 +49,8 @@ LAUNCHES = [
 ] + [
     Launch(
         "_gather_gemm_kernel",
-        IEEE | PLAIN | dict(MIRRORED=False, VIA_L1=via_l1, C=0, PACK=1, STEPS=2, BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
+        IEEE | PLAIN | dict(MIRRORED=False, TRANSPOSED=False, VIA_L1=via_l1, C=0, PACK=1, STEPS=2)
+        | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_warps=m // 16, num_stages=stages,
         registers=120, shared=shared, mma="HGMMA",
     )
@@ -59,7 +62,7 @@ LAUNCHES = [
 ] + [
     Launch(  # the tuner's candidates for few channels: several kernel offsets packed into one `tl.dot`, or one (c = 64)
         "_gather_gemm_kernel",
-        IEEE | PLAIN | dict(MIRRORED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
+        IEEE | PLAIN | dict(MIRRORED=True, TRANSPOSED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_stages=stages, limits_on=(),  # must only compile
     )

@@ -19,6 +19,8 @@ from unipad.kernels.sparse_map import (
     inverse_map_ref,
     strided_map,
     strided_map_ref,
+    strided_tables,
+    strided_tables_ref,
     submanifold_map,
     submanifold_map_ref,
     transposed_map,
@@ -29,6 +31,7 @@ from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_vo
 
 TYPES = dict.fromkeys(["stride", "padding"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
+NO_INVERSE = dict(inverse_idx_ptr=None)
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
 LONG_KEYS, SHORT_KEYS = (dict(BLOCK=BLOCK, NO_KEY=no_key) for no_key in (NO_KEY, NO_KEY_SHORT))
 # Readers (voxels that look up neighbors), and the voxels they read, are sorted by key
@@ -40,12 +43,13 @@ LAUNCHES = [
     # elements: no argument has the element type, so one is enough
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
-        ("_neighbors_kernel", LONG_KEYS | dict(KX=1, DX=1), LONG, 48, 2048),
-        ("_neighbors_kernel", LONG_KEYS | dict(KX=3, DX=1), LONG, 48, 2048),
-        ("_neighbors_kernel", LONG_KEYS | dict(KX=5, DX=2), LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=1, DX=1) | NO_INVERSE, LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=3, DX=1) | NO_INVERSE, LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=5, DX=2) | NO_INVERSE, LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=3, DX=1, DZ=1, DY=1) | SORTED | NO_INVERSE, LONG, 48, 2048),
         ("_neighbors_kernel", LONG_KEYS | dict(KX=3, DX=1, DZ=1, DY=1) | SORTED, LONG, 48, 2048),
-        ("_neighbors_kernel", LONG_KEYS | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1), LONG, 48, 2048),
-        ("_neighbors_kernel", SHORT_KEYS | dict(KX=3, DX=1) | SORTED, SHORT, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1) | NO_INVERSE, LONG, 48, 2048),
+        ("_neighbors_kernel", SHORT_KEYS | dict(KX=3, DX=1) | SORTED | NO_INVERSE, SHORT, 48, 2048),
         ("_inverse_kernel", dict(BLOCK=BLOCK), LONG, 24, 0),
     ]
 ]
@@ -80,6 +84,12 @@ def test_matches_reference(B, shape, N, geometry, device):
         for a, b in zip(ours, truth, strict=True):
             assert a.dtype == torch.int32 and torch.equal(a, b)
         check_against_ref(inverse_map, inverse_map_ref, dict(neighbor_idx=ours[1], N=N), torch.float32)
+    with launches() as launched:
+        ours = strided_tables(**inputs, **known, batch_size=B)
+    of_kernels = ["_reached_keys_kernel", "_coords_kernel", "_neighbors_kernel"]
+    assert launched == (of_kernels if len(ours[0]) else of_kernels[:1] if N else [])
+    for a, b in zip(ours, strided_tables_ref(**inputs), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def gather_conv(features, weight, neighbor_idx):

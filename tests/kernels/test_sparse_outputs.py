@@ -19,18 +19,21 @@ from unipad.kernels.sparse_outputs import (
 )
 from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, voxel_keys_ref
 
-TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3) | dict(coords_ptr="*i32")
+TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3)
+TYPES |= dict(coords_ptr="*i32", long_keys_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
 COORDS_BLOCK, KEYS_BLOCK = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
+# the inverse table of a 3 x 3 x 3 convolution of stride 2: 27 entries for the 8 cells that an input reaches
+FILL, NO_FILL = dict(FILLS=4), dict(FILLS=1, inverse_idx_ptr=None)
 LAUNCHES = [
     # elements: no argument has the element type, so one is enough
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
-        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
-        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
-        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
-        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
-        ("_coords_kernel", COORDS_BLOCK, LONG, 40, 1024),
+        ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", KEYS_BLOCK | FILL | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 120, 0),
+        ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
+        ("_coords_kernel", COORDS_BLOCK | dict(long_keys_ptr=None), LONG, 40, 1024),
         ("_coords_kernel", COORDS_BLOCK, SHORT, 40, 1024),
     ]
 ]
@@ -50,7 +53,8 @@ def test_outputs_match_the_reference(transposed, batch_size_known, device):
     keys = output_keys(coords, grid, geometry, B if batch_size_known else None, transposed)
     assert keys.dtype == (torch.int32 if batch_size_known else torch.int64)
     assert torch.equal(keys.long(), voxel_keys_ref(expected, grid))
-    assert torch.equal(output_coords(keys, grid), expected)
+    out_coords, long_keys = output_coords(keys, grid)
+    assert torch.equal(out_coords, expected) and torch.equal(long_keys, keys.long())
 
 
 @pytest.mark.parametrize("context", [nullcontext, references], ids=["kernels", "references"])

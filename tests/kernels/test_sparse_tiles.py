@@ -14,7 +14,7 @@ from tests.conftest import HAS_GPU
 from unipad.kernels import backend, sparse_tiles
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_gemm import BLOCK_R, MIN_PAIRS
-from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
+from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_COUNTS, BLOCK_K, WINDOW, NeighborTable
 
 INT = dict(elements=("i32",), limits_on=ASSEMBLED_TARGETS)  # elements: no argument has their type, so one is enough
 LAUNCHES = [
@@ -25,13 +25,11 @@ LAUNCHES = [
     for m, sort in [(64, True), (128, True), (128, False)]
 ] + [
     Launch(
-        "_pairs_kernel", dict(WINDOW=WINDOW, BLOCK_K=BLOCK_K), dict(ends_ptr="*i64"),
-        num_warps=8, registers=152, shared=1024, **INT,
-    ),
-    Launch(
         # BLOCK_OFFSETS: the 125 of a 5 x 5 x 5 kernel, rounded up to a power of two
-        "_chunks_kernel", dict(MIN_PAIRS=MIN_PAIRS, MULTIPLE=2 * BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=128),
-        dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=72, shared=128, **INT,
+        "_pairs_kernel",
+        dict(MIN_PAIRS=MIN_PAIRS, MULTIPLE=2 * BLOCK_R, WINDOW=WINDOW, BLOCK_K=BLOCK_K, BLOCK_C=BLOCK_C)
+        | dict(BLOCK_OFFSETS=128, BLOCK_COUNTS=BLOCK_COUNTS),
+        dict(first_ptr="*i64", end_ptr="*i64"), num_warps=8, registers=152, shared=4096, **INT,
     ),
 ]  # fmt: skip
 
@@ -80,9 +78,12 @@ def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)
     table = make_table(K, M, fraction, device)
     k, m = (table >= 0).nonzero(as_tuple=True)
-    pairs = NeighborTable(table).pairs()
+    monkeypatch.setattr(sparse_tiles, "BLOCK_COUNTS", 16)  # several steps
+    pairs = NeighborTable(table).pairs(max_chunks=1, min_pairs=K * M + 1, multiple=1)
     assert torch.equal(pairs.row_idx[: len(m)].long(), m) and torch.equal(pairs.read_idx[: len(m)], table[k, m])
-    assert torch.equal(pairs.ends[:, -1], k.bincount(minlength=K).cumsum(0))
+    # a chunk per offset that has pairs
+    ends = k.unique(return_counts=True)[1].cumsum(0)
+    assert torch.equal(pairs.end[: len(ends)], ends) and (pairs.end <= pairs.first)[len(ends) :].all()
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,12 @@ def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device
 def test_chunks_have_equal_length_except_the_last_of_an_offset(max_chunks, min_pairs, multiple, size, device):
     """The table has 1583 pairs at 27 offsets; size: expected pairs per chunk."""
     table = NeighborTable(make_table(27, 200, 0.3, device))
-    ends = table.pairs().ends[:, -1].tolist()
+    ends = (table.idx >= 0).sum(dim=1).cumsum(0).tolist()
     assert ends[-1] == 1583
     expected = [(i, min(i + size, b)) for a, b in zip([0, *ends], ends, strict=False) for i in range(a, b, size)]
-    first, end, chunk_end_idx = (t.tolist() for t in table.chunks(max_chunks, min_pairs, multiple))
+    with launches() as launched:
+        first, end, chunk_end_idx = (t.tolist() for t in table.pairs(max_chunks, min_pairs, multiple)[2:])
+    assert launched == ["_tiles_kernel", "_pairs_kernel"]
     assert len(first) == max_chunks + 27 >= len(expected)
     got = list(zip(first, end, strict=True))
     assert got[: len(expected)] == expected and all(a >= b for a, b in got[len(expected) :])  # the others are empty
@@ -120,13 +123,19 @@ def test_rows_with_the_same_offsets_share_tiles(device):
 
 def test_a_table_caches_its_tiles_and_pairs(device):
     table = NeighborTable(make_table(3, 40, 0.5, device))
-    tiles, pairs = table.tiles(64), table.pairs()
-    assert table.tiles(64) is tiles and table.pairs() is pairs and table.tiles(128) is not tiles
+    tiles, pairs = table.tiles(64), table.pairs(4, 1, 1)
+    assert table.tiles(64) is tiles and table.pairs(4, 1, 1) is pairs and table.tiles(128) is not tiles
     assert NeighborTable.of(table) is table and NeighborTable.of(table.idx) is table
     assert NeighborTable.of(table.idx.clone()) is not table
     with launches() as launched:
-        NeighborTable(table.idx).pairs()
-    assert launched == ["_tiles_kernel", "_pairs_kernel"]  # a new cache: the tiles come first, they count the pairs
+        other = NeighborTable(table.idx)
+        fine = other.pairs(4, 1, 1)
+        assert launched == ["_tiles_kernel", "_pairs_kernel"]  # a new cache: the tiles come first, they count the pairs
+        coarse = other.pairs(1, 100, 1)  # only the chunks are new, three of them
+    assert launched == ["_tiles_kernel", "_pairs_kernel", "_pairs_kernel"]
+    assert coarse.read_idx is fine.read_idx and coarse.row_idx is fine.row_idx
+    total, ends = (table.idx >= 0).sum().item(), (table.idx >= 0).sum(dim=1).cumsum(0)
+    assert torch.equal(fine.read_idx[:total], pairs.read_idx[:total]) and torch.equal(coarse.end[:3], ends)
 
 
 def test_a_modified_table_is_rejected(device):
@@ -205,7 +214,7 @@ def test_a_graph_uses_the_cache_of_its_warm_up(switch_stream, device):
         """Names of the launched kernels that make layouts."""
         with launches() as launched:
             sparse_conv(features, weight.requires_grad_(), table, inverse).sum().backward()
-        return [name for name in launched if name in ("_tiles_kernel", "_pairs_kernel", "_chunks_kernel")]
+        return [name for name in launched if name in ("_tiles_kernel", "_pairs_kernel")]
 
     switch_stream(2)
     assert step()
@@ -231,9 +240,9 @@ def test_tiles_made_during_capture_are_not_cached(switch_stream, device):
     """Only a replay of the graph computes them; afterwards, the same stream and another one make their own."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
     switch_stream(3, capturing=True)
-    in_graph = table.tiles(64), table.pairs()
+    in_graph = table.tiles(64), table.pairs(4, 1, 1)
     switch_stream(3)
-    assert table.tiles(64) is not in_graph[0] and table.pairs() is not in_graph[1]
+    assert table.tiles(64) is not in_graph[0] and table.pairs(4, 1, 1) is not in_graph[1]
     switch_stream(1)
     assert table.tiles(64) is not in_graph[0]
 

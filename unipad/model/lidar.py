@@ -26,6 +26,7 @@ from unipad.model.sparse import (
     VoxelSet,
     in_fp32,
     make_tables,
+    rounded_weights,
 )
 
 
@@ -135,7 +136,9 @@ class SparseEncoder(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Returns a SparseTensor at 1 / 2^(stages - 1) of the resolution."""
-        return self.conv_out(self.encoder_layers(in_fp32(self.conv_input, x)))
+        x = in_fp32(self.conv_input, x)
+        with rounded_weights(self.encoder_layers):
+            return self.conv_out(self.encoder_layers(x))
 
 
 class Second(nn.Module):

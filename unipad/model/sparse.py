@@ -5,6 +5,7 @@ voxels are, not on its weights: a `VoxelSet` builds each table once per geometry
 keeps it. All triples are (z, y, x).
 """
 
+import contextlib
 import dataclasses
 import math
 import weakref
@@ -52,6 +53,7 @@ class VoxelSet:
         batch_size: int,
         in_order: bool = False,
         check: bool = True,
+        keys: Tensor | None = None,
     ):
         """
         coords:     [N, 4] int32 (b, z, y, x), each voxel once.
@@ -59,6 +61,7 @@ class VoxelSet:
         batch_size: number of grids; some may be empty.
         in_order:   the voxels are already in ascending order of (b, z, y, x), and need not be sorted.
         check:      raise ValueError for a voxel that is outside or occurs twice; waits for the device.
+        keys:       [N] int64, of `voxel_keys`, if already computed.
         """
         assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
         assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
@@ -66,6 +69,8 @@ class VoxelSet:
         self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
         self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
         self._cache, self._is_in_order = StreamCache(), in_order
+        if keys is not None:
+            self._cache.put("keys", coords.device, keys)
         self.keys()  # fills the cache, which compiled code only reads
         if check:
             self._cache.put("sorted", coords.device, voxel_keys.sort_voxels(self.coords, self.shape))
@@ -105,12 +110,12 @@ class VoxelSet:
     @torch.compiler.disable
     def _make_strided(self, geometry):
         shape = sparse_outputs.out_shape(self.shape, *geometry)
-        coords, neighbor_idx = sparse_map.strided_map(
+        coords, keys, *tables = sparse_map.strided_tables(
             self.coords, self.shape, *geometry, self.batch_size, *self._sorted_keys()
         )
-        outputs = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
+        outputs = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False, keys=keys)
         kernel, *_ = geometry
-        outputs.source = (self, kernel, Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
+        outputs.source = (self, kernel, Table.of(*tables))
         self._cache.put(geometry, self.coords.device, weakref.ref(outputs))
         return outputs
 
@@ -148,6 +153,7 @@ class _SparseConvolution(nn.Module):
     """
 
     allow_tf32 = False  # True: multiply fp32 features in tf32
+    rounded = None  # inside of `rounded_weights`: the weight in autocast's type
 
     def __init__(self, in_channels, out_channels, kernel, bias=True):
         super().__init__()
@@ -174,7 +180,7 @@ class _SparseConvolution(nn.Module):
         """The features of the output voxels: [N, Cin] -> [M, Cout]."""
         if table is None:
             return F.linear(features, self.weight.flatten(1), self.bias)
-        out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32)
+        out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32, rounded=self.rounded)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self):
@@ -272,9 +278,9 @@ def conv_norm_relu(
     if table is None:
         y = norm(conv(x))
         return y.replace((y.features if residual is None else y.features + residual).relu())
-    scale, shift = norm.scale_and_shift()
+    weight, (scale, shift) = conv.weight if conv.rounded is None else conv.rounded, norm.scale_and_shift()
     out = sparse_conv_act(
-        x.features, conv.weight, table.neighbors, scale, shift, residual, relu=True, allow_tf32=conv.allow_tf32
+        x.features, weight, table.neighbors, scale, shift, residual, relu=True, allow_tf32=conv.allow_tf32
     )
     return SparseTensor(out, voxels)
 
@@ -288,6 +294,37 @@ def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
     with torch.autocast(device, enabled=False):
         x = stem(x)
     return x.replace(x.features.to(torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else x
+
+
+def rounded_weights(*nets: nn.Module):
+    """Context in which the sparse convolutions of `nets` share one cast of their fp32 weights, under autocast.
+
+    The cast is made on entry, in one launch for all of them, and read by the forward and the backward of what runs
+    inside; the weights must not change there. Without autocast, and in compiled code, every convolution casts its own.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    convs = [m for net in nets for m in net.modules() if isinstance(m, _SparseConvolution)]
+    device = convs[0].weight.device.type if convs else "meta"
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return contextlib.nullcontext()
+    # those of a 1 x 1 x 1 kernel are cast by autocast itself
+    convs = [conv for conv in convs if math.prod(conv.kernel) > 1 and conv.weight.dtype == torch.float32]
+    return _rounded_weights(convs, torch.get_autocast_dtype(device))
+
+
+@contextlib.contextmanager
+def _rounded_weights(convs, dtype):
+    weights = [conv.weight.detach() for conv in convs]
+    rounded = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(rounded, weights)
+    try:
+        for conv, weight in zip(convs, rounded, strict=True):
+            conv.rounded = weight
+        yield
+    finally:
+        for conv in convs:
+            conv.rounded = None
 
 
 class ConvNormReLU(nn.Sequential):

@@ -29,6 +29,7 @@ from unipad.model.sparse import (
     VoxelSet,
     in_fp32,
     make_tables,
+    rounded_weights,
 )
 
 MAX_INTENSITY = 255.0  # of a LiDAR point in nuScenes
@@ -153,12 +154,13 @@ class Unet(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         x = in_fp32(self.conv_input, x)  # its input channels include the points' coordinates
         skips = []
-        for down, enc in zip(self.down, self.enc, strict=True):
-            skips.append(x)
-            x = enc(down(x))
-        for up, dec in zip(reversed(self.up), reversed(self.dec), strict=True):
-            x = up(x)
-            x = dec(x.replace(torch.cat([x.features, skips.pop().features], dim=1)))
+        with rounded_weights(self.down, self.up, self.enc, self.dec):
+            for down, enc in zip(self.down, self.enc, strict=True):
+                skips.append(x)
+                x = enc(down(x))
+            for up, dec in zip(reversed(self.up), reversed(self.dec), strict=True):
+                x = up(x)
+                x = dec(x.replace(torch.cat([x.features, skips.pop().features], dim=1)))
         return x
 
 

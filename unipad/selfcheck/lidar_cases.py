@@ -11,6 +11,8 @@ from unipad.kernels.sparse_map import (
     inverse_map_ref,
     strided_map,
     strided_map_ref,
+    strided_tables,
+    strided_tables_ref,
     submanifold_map,
     submanifold_map_ref,
     transposed_map,
@@ -133,6 +135,7 @@ def voxel_cases(size, recipe):
     yield case("submanifold_map 5x5x5", submanifold_map, submanifold_map_ref, neighbors((5, 5, 5)))
     for number, geometry in enumerate(DOWN):
         yield case(f"strided_map, stage {number + 1}", strided_map, strided_map_ref, with_geometry(number, geometry))
+    yield case("strided_tables", strided_tables, strided_tables_ref, with_geometry(0, DOWN[0]))
     yield case("transposed_map", transposed_map, transposed_map_ref, with_geometry(1, UP))
     yield case("inverse_map", inverse_map, inverse_map_ref, table)
 

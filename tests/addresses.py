@@ -42,7 +42,6 @@ KNOWN_SMALL = {
     "sparse_tiles.py": {"size = size * 2": "a power of two, at most twice the rows of a window"},
     "trilinear.py": {"2 * C": "channels are few", "2 * upper - 1": "-1 or 1"},
     "voxel_pool.py": {
-        "view * 12": "index of a matrix entry; views are few",
         "p = r * D + k": "point index; voxel_pool asserts points < 2^30",
         "chunk * CHUNK": "position in the list of runs (points of a ray in one voxel); no more than points",
         "first * CHUNK": "position in the list of runs",

@@ -16,7 +16,7 @@ import torch
 from benchmarks.bench_lift import AGREE_HALF, rig
 from benchmarks.eager import eager_voxel_pool
 from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
-from unipad.kernels import voxel_pool as pool
+from unipad.kernels.pool_points import geometry_ref, voxels_ref
 from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
 from unipad.recipes import GRID_075, TINY_GRID
 
@@ -53,8 +53,8 @@ class Peer:
         self.op = getattr(module, "bev_pool_v2" if name == "BEVPoolv2" else "bev_pool")
 
     def __call__(self, features, depths, lidar2image, low, cell, shape, stride, depth_range):
-        matrices, bins = pool._geometry(lidar2image, low, cell, depth_range, depths.shape[4])
-        voxel = pool._voxels_ref(matrices, bins, features.shape, shape, stride, truncate=False)  # [B * N * h * w * D]
+        matrices, bins = geometry_ref(lidar2image, low, cell, depth_range, depths.shape[4])
+        voxel = voxels_ref(matrices, bins, features.shape, shape, stride, truncate=False)  # [B * N * h * w * D]
         point = (voxel < len(features) * math.prod(shape)).nonzero()[:, 0]  # larger: outside the grid
         return self.call_op(features.float(), depths.float(), point, voxel[point], shape).to(features.dtype)
 

@@ -10,7 +10,7 @@ per voxel (in voxel_pool).
 import torch
 
 from benchmarks import bench_lift, bench_voxel_pool
-from unipad.kernels import lift, voxel_pool
+from unipad.kernels import lift, pool_points
 from unipad.recipes import PRETRAIN
 
 BLOCKS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (16, 1, 1), (4, 4, 1), (4, 2, 2), (32, 1, 1), (8, 4, 1)]  # (x, y, z) voxels
@@ -74,11 +74,11 @@ def count_lift():
 def count_pool():
     _, grid, C, D, depth_range, image_size, scale, stride = bench_voxel_pool.PAPER
     lidar2image = bench_lift.rig(scale)
-    matrices, bins = voxel_pool._geometry(lidar2image, grid.low, grid.cell, depth_range, D)
+    matrices, bins = pool_points.geometry_ref(lidar2image, grid.low, grid.cell, depth_range, D)
     # of the features [B, N, h, w, C]
     sizes = (1, lidar2image.shape[1], image_size[0] // stride, image_size[1] // stride, C)
     V = grid.shape[0] * grid.shape[1] * grid.shape[2]
-    voxel = voxel_pool._voxels_ref(matrices, bins, sizes, grid.shape, stride, truncate=False).view(-1, D)
+    voxel = pool_points.voxels_ref(matrices, bins, sizes, grid.shape, stride, truncate=False).view(-1, D)
     index_in_run = torch.zeros_like(voxel)  # a run: consecutive points of a ray in the same voxel
     for k in range(1, D):
         index_in_run[:, k] = torch.where(voxel[:, k] == voxel[:, k - 1], index_in_run[:, k - 1] + 1, 0)

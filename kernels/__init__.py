@@ -11,8 +11,9 @@
     sparse_reference.py ... its reference
     tuning.py       autotuning of an op's launch parameters, saved in a file; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
-    pixel_sum.py    ... its gradients without atomics
+    pixel_sum.py    ... its gradients on coarse levels, summed in a fixed order
     voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points inside it
+    pool_points.py  ... the voxels of its points, and the order of its sums
     rotated_iou.py  IoU of rotated boxes, non-maximum suppression
     ray_sample.py   ray-box clipping, stratified samples, inverse-CDF resampling
     trilinear.py    a feature volume at points, with its spatial gradient as an output

@@ -12,8 +12,8 @@ features are read only from views that see it: 1.1 on average with nuScenes' six
 A program handles a block of voxels adjacent in x and y, most of which project into the same view and pixels. The
 backward adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where
 many do, and on every level under strict determinism, it records each projection that the view sees (a "hit") instead:
-the hits are sorted by the square between four pixels (a "quad") that they lie in, and each pixel gathers its gradients
-from the quads around it. Such a level is called gathered.
+`sort_hits` sorts the hits by the square between four pixels (a "quad") that they lie in, and each pixel gathers its
+gradients from the quads around it. Such a level is called gathered.
 """
 
 import math
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, strictly_deterministic, tl, triton
-from unipad.kernels.pixel_sum import HIT, pixel_sum
+from unipad.kernels.pixel_sum import HIT, pixel_sum, sort_hits
 
 
 def lift(
@@ -66,7 +66,8 @@ def lift(
         assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not match {tuple(feature.shape)}"
         assert h * w * D, f"empty level: {h} x {w} pixels, {D} depth bins"
     max_hits = len(features) * B * N * math.prod(shape)
-    assert max_hits < 2**31, "views x voxels of all levels must fit 32 bits: use fewer samples"
+    # indices are int32; the limit leaves room for those of lanes past the end
+    assert max_hits < 2**30, "views x voxels of all levels must fit 32 bits: use fewer samples"
     if not on_triton(features[0]):
         return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
     return Lift.apply(lidar2image.detach(), low, cell, shape, image_size, depth_range, *features, *depths)
@@ -177,30 +178,28 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
     gathered = [l for l in range(len(features)) if coarse[l] or deterministic]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
     ends, quads = list(accumulate(pixels)), sum(pixels)  # a quad per pixel: the one right of and below it
-    # a radix sort takes half as many passes with 16-bit keys as with 32-bit ones
-    key_type = torch.int16 if quads < 2**15 else torch.int32
-    # an entry stays `quads`, which sorts after every quad, where the view does not see the voxel
-    quad_idx = torch.full((len(gathered), B * N * V), quads, dtype=key_type, device=d_volume.device)
+    # an entry of quad_idx stays -1 where the view does not see the voxel; those of slot and hits are not read there
+    quad_idx = torch.full((len(gathered), B * N * V), -1, dtype=torch.int32, device=d_volume.device)
+    slot = torch.empty_like(quad_idx)
+    counts = torch.zeros(quads + 1, dtype=torch.int32, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
 
     outs, first_quads = [], []  # what the kernel writes, per level: hits if gathered, else the gradients
     for l, (feature, depth) in enumerate(zip(features, depths, strict=True)):
         if l in gathered:
             i = gathered.index(l)
-            outs.append((quad_idx[i], hits[i]))
+            outs.append((quad_idx[i], slot[i], hits[i]))
             first_quads.append(ends[i] - pixels[i])
         else:
             outs.append((torch.zeros_like(feature, dtype=acc_type), torch.zeros_like(depth, dtype=acc_type)))
             first_quads.append(0)
     _launch(
-        _lift_bwd_kernel, BWD_TILE, features, depths, lidar2image, geometry, d_volume_ptr=d_volume,
+        _lift_bwd_kernel, BWD_TILE, features, depths, lidar2image, geometry, d_volume_ptr=d_volume, counts_ptr=counts,
         out_ptrs=tuple(outs), first_quads=tuple(first_quads), GATHERED=sum(1 << l for l in gathered),
     )  # fmt: skip
 
     if gathered:
-        sorted_idx, order = quad_idx.flatten().sort(stable=True)
-        all_quads = torch.arange(quads + 1, dtype=key_type, device=quad_idx.device)
-        begin = torch.searchsorted(sorted_idx, all_quads, out_int32=True)
+        begin, order = sort_hits(quad_idx, slot, counts)
     for l in gathered:
         outs[l] = torch.empty_like(features[l]), torch.empty_like(depths[l])
         pixel_sum(*outs[l], begin[first_quads[l] :], order, hits, d_volume, many_hits=coarse[l])
@@ -271,7 +270,9 @@ def _lift_fwd_kernel(
 def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]
-    out_ptrs,  # per level (d_feature, d_depth), added to; for a gathered one (quad_idx [B, N, V], hits [B, N, V, HIT])
+    counts_ptr,  # [1 + quads of all gathered levels], added to: counts[q + 1] is the number of hits in quad q
+    # per level (d_feature, d_depth), added to; for a gathered one (quad_idx [B, N, V], slot [B, N, V], hits [.., HIT])
+    out_ptrs,
     first_quads,  # per level, index of its first quad among those of all gathered levels; 0 if it is not gathered
     lidar2image_ptr,  # [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
@@ -302,8 +303,12 @@ def _lift_bwd_kernel(
                 )
                 d_probability = tl.sum(g * feature, axis=1)
                 if GATHERED & (1 << l):
-                    tl.store(out_ptrs[l][0] + view * V + i, first_quads[l] + pixels[0], mask=visible)
-                    hit_ptr = out_ptrs[l][1] + (view * V + i) * HIT  # as `pixel_sum` reads it
+                    quad = first_quads[l] + pixels[0]
+                    # hits of the quad counted so far; their order varies, `sort_hits` replaces it by a fixed one
+                    slot = tl.atomic_add(counts_ptr + quad + 1, 1, mask=visible, sem="relaxed")
+                    tl.store(out_ptrs[l][0] + view * V + i, quad, mask=visible)
+                    tl.store(out_ptrs[l][1] + view * V + i, slot, mask=visible)
+                    hit_ptr = out_ptrs[l][2] + (view * V + i) * HIT  # as `pixel_sum` reads it
                     tl.store(hit_ptr, _position(u, w), mask=visible)
                     tl.store(hit_ptr + 1, _position(v, h), mask=visible)
                     tl.store(hit_ptr + 2, _position(d, D), mask=visible)

@@ -11,7 +11,8 @@ runs are summed in order by one program; where a voxel has many, an earlier kern
 the backward a program handles a block of pixels and walks along their rays. No atomics.
 
 Sizes: R pixels of the feature maps of all views, with D depth bins each, so P = R * D points; V voxels of all samples.
-`depths` are the probabilities, `bins` the depths of the bins in meters.
+`depths` are the probabilities, `bins` the depths of the bins in meters. Voxels and the order of runs depend only on
+the cameras: a caller that passes a `StreamCache` finds and sorts them once per calibration.
 """
 
 from collections.abc import Sequence
@@ -20,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import StreamCache, jit, on_triton, tl, triton
+from unipad.kernels.pool_points import find_points, geometry_ref, voxels_ref
 
 
 def voxel_pool(
     features: Tensor, depths: Tensor, lidar2image: Tensor, low: Sequence[float], cell: Sequence[float],
     shape: Sequence[int], stride: int, depth_range: Sequence[float], truncate: bool = False,
+    cache: StreamCache | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum feature times depth probability over the points of all views' frusta in each voxel.
 
@@ -33,13 +36,15 @@ def voxel_pool(
         features:    [B, N, h, w, C] image features of N views; row i, column j is at pixel (j * stride, i * stride),
                      the upper left corner of the feature's patch.
         depths:      [B, N, h, w, D] probability of each depth bin; a bin's point is at its near edge.
-        lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
+        lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1); the last row, (0, 0, 0, 1), is not read.
         low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
         stride:      image pixels from one feature to the next.
         depth_range: (nearest, farthest) meters along the optical axis, divided into D bins.
         truncate:    round cell coordinates towards zero, as the original does, instead of down: points up to one voxel
                      below the grid's lower faces then go to the first voxels.
+        cache:       keeps the voxels of the points for later calls with the same cache; `lidar2image` must have the
+                     same values in all of them. None: nothing is kept.
 
     Returns:
         [B, Z, Y, X, C] in the features' type; a voxel without points is 0.
@@ -62,17 +67,22 @@ def voxel_pool(
     assert max(B * N * h * w * D, B * X * Y * Z) < 2**30, "points and voxels must fit 32 bits: use fewer samples"
     if not on_triton(features):
         return voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate)
-    return VoxelPool.apply(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate)
+    geometry = features.shape[:4], D, *map(tuple, (low, cell, shape)), stride, tuple(depth_range), truncate
+    points = None  # there are none
+    if features.numel() and D and min(shape):
+        cache = StreamCache() if cache is None else cache
+        points = cache.get(geometry, features.device, lambda: find_points(lidar2image.detach(), *geometry))
+    return VoxelPool.apply(features, depths, points, shape)
 
 
-def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
-    """`voxel_pool` in plain PyTorch: a voxel is a weighted sum of the feature rows of its points."""
+def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False, cache=None):
+    """`voxel_pool` in plain PyTorch: a voxel is a weighted sum of the feature rows of its points. Caches nothing."""
     (B, _, _, _, C), D = features.shape, depths.shape[4]
     X, Y, Z = shape
     V = B * X * Y * Z
     acc_type = torch.float64 if features.dtype == torch.float64 else torch.float32
-    matrices, bins = _geometry(lidar2image, low, cell, depth_range, D)
-    voxel = _voxels_ref(matrices, bins, features.shape, shape, stride, truncate)
+    matrices, bins = geometry_ref(lidar2image.detach(), low, cell, depth_range, D)
+    voxel = voxels_ref(matrices, bins, features.shape, shape, stride, truncate)
 
     point = (voxel < V).nonzero()[:, 0]
     voxel, order = voxel.index_select(0, point).sort(stable=True)
@@ -90,50 +100,18 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
     return volume[:, :C].view(B, Z, Y, X, C).to(features.dtype)
 
 
-def _geometry(lidar2image, low, cell, depth_range, D):
-    """In fp64: matrices (u*d, v*d, d, 1) -> cell coordinates (x, y, z) [B, N, 3, 4], and bins' depths, meters [D]."""
-    # unlike `torch.inverse`, does not wait for the device to check for errors
-    image2lidar = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
-    rows = [torch.cat([image2lidar[..., i, :3], image2lidar[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
-    # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points on cell faces
-    rows = [row / row.new_full((), size) for row, size in zip(rows, cell, strict=True)]
-    near, far = depth_range
-    bins = near + (far - near) / max(D, 1) * torch.arange(D, dtype=torch.float64, device=lidar2image.device)
-    return torch.stack(rows, dim=-2), bins
-
-
-def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
-    """[P] index of each point's voxel in the volumes of all samples; V for points outside. sizes: features.shape."""
-    B, _, h, w, _ = sizes
-    X, Y, Z = shape
-    u = torch.arange(w, device=bins.device)[:, None] * stride  # [w, 1]
-    v = torch.arange(h, device=bins.device)[:, None, None] * stride  # [h, 1, 1]
-    cells, inside = [], True
-    for row, size in zip(matrices[..., None, None, None].unbind(2), shape, strict=True):  # [B, N, 4, 1, 1, 1]
-        a, b, c, shift = row.unbind(2)
-        coord = (a * u + b * v + c) * bins + shift  # [B, N, h, w, D]
-        coord = coord.trunc() if truncate else coord.floor()
-        inside = inside & (coord >= 0) & (coord < size)
-        cells.append(torch.where(inside, coord, 0).long())
-    x, y, z = cells
-    sample = torch.arange(B, device=bins.device).view(B, 1, 1, 1, 1)
-    return torch.where(inside, ((sample * Z + z) * Y + y) * X + x, B * Z * Y * X).flatten()
-
-
 class VoxelPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate):
+    def forward(ctx, features, depths, points, shape):
         features, depths = features.contiguous(), depths.contiguous()
         (B, _, _, _, C), D, (X, Y, Z) = features.shape, depths.shape[4], shape
         P, V = depths.numel(), B * X * Y * Z
         volume = features.new_empty(B, Z, Y, X, C)
-        if not min(P, V, C):
+        if points is None:
             ctx.save_for_backward(features, depths, torch.empty(0))
             ctx.V = 0  # `backward` returns zeros
             return volume.zero_()
-        voxel, order, pixel, begin = _find_points(
-            lidar2image, features.shape, D, low, cell, tuple(shape), stride, depth_range, truncate
-        )
+        voxel, order, pixel, begin = points
         ctx.save_for_backward(features, depths, voxel)
         ctx.V = V
         acc_type = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -172,33 +150,7 @@ class VoxelPool(torch.autograd.Function):
             )  # fmt: skip
         else:
             d_features, d_depths = torch.zeros_like(features), torch.zeros_like(depths)
-        return d_features, d_depths, None, None, None, None, None, None, None
-
-
-def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
-    """Voxels and runs of all points, which depend on the cameras only. sizes: the features' (B, N, h, w, C).
-
-    Returns, all int32:
-        voxel: [P] voxel of each point; V for points outside the grid.
-        order: [P] first point of each run inside the grid, sorted by voxel, then all other points.
-        pixel: [P] pixel of each point of `order`.
-        begin: [V + 1] position in `order` of each voxel's first run; then the number of runs inside the grid.
-    """
-    (B, N, h, w, _), (X, Y, Z) = sizes, shape
-    P, V = B * N * h * w * D, B * X * Y * Z
-    matrices, bins = _geometry(lidar2image, low, cell, depth_range, D)
-    voxel = torch.empty(B * N * h * w, D, dtype=torch.int32, device=lidar2image.device)
-    _voxels_kernel[(triton.cdiv(P, BLOCK_P),)](
-        matrices_ptr=matrices.contiguous(), bins_ptr=bins, voxel_idx_ptr=voxel,
-        P=P, N=N, h=h, w=w, D=D, stride=stride, shape=shape, V=V, TRUNCATE=truncate, BLOCK_P=BLOCK_P,
-        enable_fp_fusion=False,  # a fused multiply-add could move a point on a voxel face to the other side
-    )  # fmt: skip
-    continues = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))  # whether a point continues the run of the one before it
-    run_voxel, order = voxel.masked_fill(continues, V).flatten().sort(stable=True)
-    all_voxels = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
-    begin = torch.searchsorted(run_voxel, all_voxels, out_int32=True)
-    order = order.int()
-    return voxel.flatten(), order, order // D, begin
+        return d_features, d_depths, None, None
 
 
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
@@ -212,42 +164,6 @@ def _blocks(C):
     """BLOCK_C channels of BLOCK_R voxels, chunks or pixels per program."""
     block_c = triton.next_power_of_2(C)
     return dict(BLOCK_R=max(TILE // block_c, 1), BLOCK_C=block_c)
-
-
-@jit(varying=("P", "V"))
-def _voxels_kernel(
-    matrices_ptr, bins_ptr, voxel_idx_ptr,  # [B, N, 3, 4], [D], [P]
-    P, N, h, w, D, stride, shape, V,  # shape: (X, Y, Z)
-    TRUNCATE: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-    p_ok = p < P
-    pixel = p // D
-    view = pixel // w // h
-    u = (pixel % w * stride).to(tl.float64)
-    v = (pixel // w % h * stride).to(tl.float64)
-    d = tl.load(bins_ptr + p % D, mask=p_ok, other=0.0)
-    matrix = matrices_ptr + view * 12  # rows for x, y, z, of 4 numbers each
-    x, x_ok = _cell(matrix, u, v, d, p_ok, shape[0], TRUNCATE)
-    y, y_ok = _cell(matrix + 4, u, v, d, p_ok, shape[1], TRUNCATE)
-    z, z_ok = _cell(matrix + 8, u, v, d, p_ok, shape[2], TRUNCATE)
-    voxel = ((view // N * shape[2] + z) * shape[1] + y) * shape[0] + x
-    tl.store(voxel_idx_ptr + p, tl.where(x_ok & y_ok & z_ok, voxel, V), mask=p_ok)
-
-
-@triton.jit
-def _cell(row_ptr, u, v, d, ok, size, TRUNCATE: tl.constexpr):
-    """Cell of a point on one axis, and whether it is in the grid; 0 where not."""
-    a = tl.load(row_ptr, mask=ok, other=0.0)
-    b = tl.load(row_ptr + 1, mask=ok, other=0.0)
-    c = tl.load(row_ptr + 2, mask=ok, other=0.0)
-    coord = (a * u + b * v + c) * d + tl.load(row_ptr + 3, mask=ok, other=0.0)
-    if TRUNCATE:
-        coord = tl.where(coord < 0, tl.ceil(coord), tl.floor(coord))
-    else:
-        coord = tl.floor(coord)
-    inside = (coord >= 0) & (coord < size)  # false for NaN
-    return tl.where(inside, coord, 0.0).to(tl.int32), inside
 
 
 @jit(varying=("P", "V"))

@@ -21,13 +21,13 @@ from pathlib import Path
 # products itself. "Offsets" in sparse_gemm.py are those of a convolution's kernel.
 KNOWN_SMALL = {
     "lift.py": {
-        "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^31",
-        "i = (z * shape[1] + y) * shape[0] + x": "voxel index; lift asserts voxels < 2^31",
+        "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^30",
+        "i = (z * shape[1] + y) * shape[0] + x": "voxel index; lift asserts voxels < 2^30",
         "block // (along_x * along_y)": "blocks per slice, at most the number of programs",
     },
     "pixel_sum.py": {
         "quad = p - up * w": "0 or the width of an image: `up` is 0 or 1",
-        "hit // V // N % B * V + hit % V": "voxel index; lift asserts voxels < 2^31",
+        "hit // V // N % B * V + hit % V": "voxel index; lift asserts voxels < 2^30",
     },
     "rotated_iou.py": {"word * 32 + k": "box index"},
     "sdf_field.py": {"tile * BLOCK_S": "index of a sample on its ray"},
@@ -42,7 +42,6 @@ KNOWN_SMALL = {
     "sparse_tiles.py": {"size = size * 2": "a power of two, at most twice the rows of a window"},
     "trilinear.py": {"2 * C": "channels are few", "2 * upper - 1": "-1 or 1"},
     "voxel_pool.py": {
-        "view * 12": "index of a matrix entry; views are few",
         "p = r * D + k": "point index; voxel_pool asserts points < 2^30",
         "chunk * CHUNK": "position in the list of runs (points of a ray in one voxel); no more than points",
         "first * CHUNK": "position in the list of runs",

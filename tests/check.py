@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from benchmarks.dry_run import launches_kernel
 from unipad.kernels import backend
 
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # fraction of the largest |fp64 value|
@@ -58,6 +59,38 @@ def launches():
 
     with mock.patch.object(KernelInterface, "__getitem__", recording):
         yield names
+
+
+class OperatorRecorder(TorchDispatchMode):
+    """Records in `operators` the name of each PyTorch operator that launches a kernel on a GPU; none inside kernels.
+
+    On a GPU, an operator may launch several.
+    """
+
+    def __enter__(self):
+        from triton.runtime.jit import KernelInterface
+
+        self.operators, plain = [], KernelInterface.__getitem__
+
+        def unrecorded(kernel, grid):  # the interpreter calls operators too
+            def launch(*args, **kwargs):
+                with _disable_current_modes():
+                    plain(kernel, grid)(*args, **kwargs)
+
+            return launch
+
+        self.patch = mock.patch.object(KernelInterface, "__getitem__", unrecorded)
+        self.patch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.__exit__(*error)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if launches_kernel(func):
+            self.operators.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class NoFloatCumsum(TorchDispatchMode):

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from tests import golden
+from tests.check import launches
 from tests.test_rays import make_batch, seeded_generators
 from unipad import config
 from unipad.errors import UserError
+from unipad.kernels import backend
 from unipad.model.encoder import Encoder
 from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift, VoxelPoolLift, view_transform
 from unipad.recipes import CAMERA_075
@@ -44,12 +46,35 @@ def test_several_pooled_levels_and_unknown_view_transforms_are_errors():
         view_transform(GRID, config.CameraConfig(view="splat"))
 
 
+# that of the paper's final recipes, at a small size
+SMALL_CAMERA = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
+SMALL_CAMERA = replace(SMALL_CAMERA, depth_bins=20, frozen_stages=0)
+
+
+def test_points_are_found_once_per_calibration(device, monkeypatch):
+    """In training steps of an encoder with batches that `Batch.to` has moved, each with tensors of its own."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    monkeypatch.setattr(backend, "interpret", device == "cpu")
+    encoder = Encoder(config.Recipe(grid=GRID, camera=SMALL_CAMERA)).to(device)
+    batch = make_batch([[]], size=(64, 96), unpadded=(60, 90))
+    other = replace(batch, lidar2image=batch.lidar2image @ torch.diag(torch.tensor([1.0, -1, 1, 1])))
+    copy = replace(batch, lidar2image=batch.lidar2image.clone())
+    volumes = []
+    for given, found in ((batch, True), (copy, False), (other, True), (other, False), (batch, True)):
+        with launches() as launched:
+            volumes.append(encoder.encode(given.to(device), None).volume)
+        assert ("_voxels_kernel" in launched) == found
+        volumes[-1].sum().backward()
+    assert torch.equal(volumes[0], volumes[1]) and torch.equal(volumes[0], volumes[4])
+    assert not torch.equal(volumes[0], volumes[2])
+    # nothing is kept of cameras that the host does not know, such as those of a transformed batch
+    moved = replace(batch.to(device), lidar2image=other.lidar2image.to(device))
+    assert moved.calibration is None and torch.equal(encoder.encode(moved, None).volume, volumes[2])
+
+
 def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():
-    """That of `CAMERA_075`, the paper's final recipes, at a small size. Also the shapes of its outputs, and that in
-    evaluation equal generators give equal volumes."""
-    camera = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
-    camera = replace(camera, depth_bins=20, frozen_stages=0)
-    encoder = Encoder(config.Recipe(grid=GRID, camera=camera))
+    """Also the shapes of its outputs, and that in evaluation equal generators give equal volumes."""
+    encoder = Encoder(config.Recipe(grid=GRID, camera=SMALL_CAMERA))
     batch = make_batch([[], []], size=(64, 96), unpadded=(60, 90))  # two samples of two views, without points
     encoded = encoder.encode(batch, seeded_generators(0, 1))
     assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.volume.any()  # [B, C, Z, Y, X]

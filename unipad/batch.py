@@ -82,6 +82,7 @@ class Batch:
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
+    rig: tuple[Tensor, bytes] | None = None  # for `calibration`, set by `to`: a `lidar2image` and its bytes
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,6 +91,15 @@ class Batch:
     def frames(self) -> int:
         """S: 1 + the number of camera sweeps."""
         return 1 if self.frame_lags is None else self.frame_lags.shape[1]
+
+    @property
+    def calibration(self) -> bytes | None:
+        """The bytes of `lidar2image`, without waiting for the device: a key for what depends on the cameras only.
+
+        None where they are not known on the host: unless `to` has moved the batch there, and `lidar2image` is still the
+        tensor that it made, which must not be changed in place.
+        """
+        return self.rig[1] if self.rig is not None and self.rig[0] is self.lidar2image else None
 
     def keyframe(self) -> "Batch":
         """The batch with only the keyframe's views, without a copy."""
@@ -107,7 +117,9 @@ class Batch:
         if images.dtype == torch.uint8:  # divided here, so that a pixel crosses the bus as 3 bytes, not 12
             # by a tensor: a GPU multiplies by the reciprocal of a number instead, and rounds differently
             moved["images"] = images / images.new_full((), 255, dtype=torch.float32)
-        return replace(self, **moved)
+        on_host = self.lidar2image.device.type == "cpu"
+        rig = (moved["lidar2image"], self.lidar2image.numpy().tobytes()) if on_host else None
+        return replace(self, **moved, rig=rig)
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked host memory; the `DataLoader` calls this."""

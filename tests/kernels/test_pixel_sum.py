@@ -1,15 +1,16 @@
+import pytest
 import torch
 
 import unipad.kernels.pixel_sum
 from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
-from unipad.kernels.pixel_sum import HIT, pixel_sum
+from unipad.kernels.pixel_sum import BLOCK, HIT, pixel_sum, sort_hits
 
 
 def launch(lanes_per_pixel, channels, bins, registers):
     """A launch for tests/test_compiles.py to compile. lanes: rows of the tile; registers: their limit."""
-    types = dict(begin_ptr="*i32", order_ptr="*i64", hits_ptr="*fp32", h="i32", w="i32")
+    types = dict(begin_ptr="*i32", order_ptr="*i32", hits_ptr="*fp32", h="i32", w="i32")
     blocks = unipad.kernels.pixel_sum._blocks(lanes_per_pixel, channels, bins)
     return Launch(
         "_pixel_sum_kernel", blocks, types, divisible=("C", "D"), elements=("bf16",),
@@ -17,8 +18,45 @@ def launch(lanes_per_pixel, channels, bins, registers):
     )  # fmt: skip
 
 
-# lanes per pixel, channels, depth bins, registers
-LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
+def launch_sort(kernel, registers, shared):
+    types = dict.fromkeys(("slot_ptr", "begin_ptr", "placed_ptr", "order_ptr"), "*i32")
+    return Launch(
+        kernel, dict(BLOCK=BLOCK), types, elements=("fp32",),
+        registers=registers, shared=shared, limits_on=ASSEMBLED_TARGETS,
+    )  # fmt: skip
+
+
+LAUNCHES = [
+    launch_sort("_place_kernel", registers=32, shared=2048),
+    launch_sort("_rank_kernel", registers=32, shared=2048),
+    # lanes per pixel, channels, depth bins, registers
+    launch(8, 128, 64, 64),
+    launch(1, 128, 64, 112),
+]
+
+
+@pytest.mark.parametrize("pairs, quads", [(1, 1), (BLOCK, 7), (BLOCK + 1, 1), (3 * BLOCK - 5, 40)])
+@pytest.mark.parametrize("seen", [0.0, 0.3, 1.0])
+def test_sort_hits_is_a_stable_sort(pairs, quads, seen, device):
+    quad_idx = torch.randint(quads, (2, pairs), dtype=torch.int32).where(torch.rand(2, pairs) < seen, -1)
+    flat = quad_idx.flatten()
+    counts = torch.stack([(flat == q).sum() for q in range(quads)]).int()
+    slot = torch.empty_like(flat)  # poisoned where the pair is not seen
+    for q, count in enumerate(counts.tolist()):
+        slot[flat == q] = torch.randperm(count, dtype=torch.int32)
+    given = (t.to(device) for t in (quad_idx, slot.view(2, pairs), torch.nn.functional.pad(counts, (1, 0))))
+    begin, order = sort_hits(*given)
+    hits = flat.where(flat >= 0, quads).argsort(stable=True)[: counts.sum()]
+    assert torch.equal(order[: len(hits)].cpu(), hits.int())
+    assert begin.tolist() == [0, *counts.cumsum(0).tolist()] and begin.dtype == order.dtype == torch.int32
+
+
+def test_sort_hits_by_hand(device):
+    """Seven pairs; pairs 0, 3 and 6 fall into quad 1, pair 5 into quad 2, and no pair into quad 0."""
+    quad_idx = torch.tensor([[1, -1, -1, 1, -1, 2, 1]], dtype=torch.int32, device=device)
+    slot = torch.tensor([[2, 0, 0, 0, 0, 0, 1]], dtype=torch.int32, device=device)
+    begin, order = sort_hits(quad_idx, slot, torch.tensor([0, 0, 3, 1], dtype=torch.int32, device=device))
+    assert begin.tolist() == [0, 0, 3, 4] and order[:4].tolist() == [0, 3, 6, 5]
 
 
 def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
@@ -43,6 +81,7 @@ def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
     first_level = torch.full_like(quad, -1)  # its hits are sorted before all quads of the second and are not read
     by_quad, order = torch.stack([first_level, quad]).flatten().sort(stable=True)
     begin = torch.searchsorted(by_quad, torch.arange(B * N * h * w + 1), out_int32=True)
+    order = order.int()
 
     rows = (1 - (y[..., None] - torch.arange(h)).abs()).clamp(min=0)  # [B, N, V, h]
     columns = (1 - (x[..., None] - torch.arange(w)).abs()).clamp(min=0)

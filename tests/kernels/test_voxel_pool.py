@@ -4,8 +4,9 @@ import torch
 import unipad.kernels.voxel_pool
 from tests import golden
 from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
-from tests.check import DivideLikeGpu, check_against_ref, launches
+from tests.check import OperatorRecorder, check_against_ref, launches
 from tests.conftest import HAS_GPU
+from unipad.kernels.backend import StreamCache
 from unipad.kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 
 
@@ -21,16 +22,8 @@ def launch(kernel, channels, divisible, elements, registers, shared=0):
     )  # fmt: skip
 
 
-def launch_voxels(truncate):
-    types = dict(matrices_ptr="*fp64", bins_ptr="*fp64", h="i32", w="i32", stride="i32", shape=("i32",) * 3)
-    constexprs = dict(TRUNCATE=truncate, BLOCK_P=BLOCK_P)
-    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, limits_on=ASSEMBLED_TARGETS)
-
-
 # checked by tests/test_compiles.py
 LAUNCHES = [
-    launch_voxels(truncate=False),
-    launch_voxels(truncate=True),
     Launch(
         "_runs_kernel",
         dict(BLOCK_P=BLOCK_P),
@@ -132,27 +125,6 @@ def test_reproduces_the_original(op, device, monkeypatch):
     golden.assert_close_to_max(d_depths[no_target], expected[no_target], 1e-5, "depths")
 
 
-def test_points_lie_where_the_original_puts_them():
-    """All points of the golden record, placed by the reference; of 79955 in the grid, 7632 are there only because the
-    original rounds towards zero."""
-    arrays, _ = golden.load("voxel_pool_depth")
-    matrices, bins = unipad.kernels.voxel_pool._geometry(
-        arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], D=30
-    )
-    sizes = (2, 6, 16, 28, 12)  # B, N, h, w, C of the features
-    truncated, floored = (
-        unipad.kernels.voxel_pool._voxels_ref(matrices, bins, sizes, RECORDED["shape"], RECORDED["stride"], truncate)
-        for truncate in (True, False)
-    )
-    b, x, y, z = arrays["out/voxel_coords_b_x_y_z"][:, :, 0].permute(5, 0, 1, 3, 4, 2).long()
-    inside = arrays["out/mask"][:, :, 0].permute(0, 1, 3, 4, 2)
-    V = 2 * 5 * 18 * 20  # B * Z * Y * X: the index of points outside
-    expected = torch.where(inside, ((b * 5 + z) * 18 + y) * 20 + x, V).flatten()
-    assert torch.equal(truncated, expected)
-    moved = truncated != floored
-    assert (truncated < V).sum() == 79955 and (floored[moved] == V).all() and moved.sum() == 7632
-
-
 def straight_view(device):
     """lidar2image [1, 1, 4, 4] of a camera for which pixel (u, v) at depth d is the point (u * d, v * d, d)."""
     return torch.eye(4, device=device)[None, None]
@@ -220,19 +192,6 @@ def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_geometry_divides_by_the_voxel_size_on_a_gpu_too(device):
-    """Multiplying by its reciprocal would move some points."""
-    inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
-    cell = (0.7, 0.3, 1.1)
-    geometry = {name: inputs[name] for name in ("lidar2image", "low", "depth_range")} | dict(cell=cell, D=12)
-    matrices, bins = unipad.kernels.voxel_pool._geometry(**geometry)
-    with DivideLikeGpu():
-        matrices_on_gpu, bins_on_gpu = unipad.kernels.voxel_pool._geometry(**geometry)
-    assert torch.equal(matrices_on_gpu, matrices) and torch.equal(bins_on_gpu, bins)
-    cell = matrices.new_tensor(cell)[:, None]
-    assert (matrices * cell * (1 / cell) != matrices).any()  # reciprocals would give other numbers
-
-
 @pytest.mark.parametrize("pixels", [CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 5 * CHUNK + 7])
 def test_many_runs_of_a_voxel_are_summed_in_chunks(pixels, device):
     """Two voxels, each with a run of every pixel; the runs of the second may begin in the middle of a chunk."""
@@ -249,7 +208,7 @@ def test_many_runs_of_a_voxel_are_summed_in_chunks(pixels, device):
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_cameras_are_not_cached(device):
+def test_cameras_are_not_cached_unless_asked_for(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
     before = voxel_pool(**inputs)
     inputs["lidar2image"].data[:, 0, 0, 3] += 40  # moves a camera by 2 m; `.data`: unnoticed by version counters
@@ -258,16 +217,22 @@ def test_cameras_are_not_cached(device):
     assert not torch.equal(volume, before)
 
 
-def test_consecutive_points_of_a_ray_in_one_voxel_are_one_run(device):
-    """Pixels 0, 1, 2 at depths 1 to 9, so x = pixel * depth; five voxels of 4 m along x."""
-    # begin: index of each voxel's first run, at last the number of runs; sizes: B, N, h, w and C, which is not used
-    *_, begin = unipad.kernels.voxel_pool._find_points(
-        straight_view(device), sizes=(1, 1, 1, 3, 0), D=9, low=(0, -1, 0), cell=(4, 2, 20), shape=(5, 1, 1),
-        stride=1, depth_range=(1, 10), truncate=False,
-    )  # fmt: skip
-    # x of the points of each run: pixel 0: 0 nine times; 1: 1 2 3, 4 5 6 7, 8 9; 2: 2, 4 6, 8 10, 12 14, 16 18
-    # so the voxels have 3, 2, 2, 1 and 1 runs
-    assert begin.tolist() == [0, 3, 5, 7, 8, 9]
+def test_points_are_found_once_with_a_cache(device):
+    """Until the geometry changes. Finding and sorting takes four launches, of which PyTorch's sort is one."""
+    inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
+    expected, cache = voxel_pool(**inputs), StreamCache()
+    find = ["_matrices_kernel", "_voxels_kernel", "_begin_kernel"]
+    pool = ["_runs_kernel", "_chunks_kernel", "_voxel_pool_fwd_kernel"]
+    for found, operators in ((find, ["sort"]), ([], [])):
+        with launches() as launched, OperatorRecorder() as recorder:
+            volume = voxel_pool(**inputs, cache=cache)
+        assert launched == found + pool
+        # `fill_`: of uninitialized memory, in tests.as_on_a_gpu
+        assert [name for name in recorder.operators if name != "fill_"] == operators
+        assert torch.equal(volume, expected)
+    moved = inputs | dict(low=(-6.0, 1.4, -1.7))
+    assert torch.equal(voxel_pool(**moved, cache=cache), voxel_pool(**moved))
+    assert torch.equal(voxel_pool(**inputs, cache=cache), expected)
 
 
 def test_frames_can_be_passed_as_more_views(device):

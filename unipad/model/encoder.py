@@ -118,7 +118,7 @@ class Encoder(nn.Module):
         features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise, generators)
         of_frames = [_by_frame(tensors, frames) for tensors in (features, depths, [batch.lidar2image])]
         frame_features, frame_depths, (frame_lidar2image,) = of_frames
-        volume = self.lift(frame_features, frame_depths, frame_lidar2image, (H, W))
+        volume = self.lift(frame_features, frame_depths, frame_lidar2image, (H, W), batch.calibration)
         if frames > 1:
             volume = self.frame_fusion(volume, batch.frame_lags)
         return self.lift_convs(volume), depths

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unipad import config
 from unipad.errors import UserError
+from unipad.kernels.backend import StreamCache
 from unipad.kernels.lift import lift
 from unipad.kernels.voxel_pool import voxel_pool
 from unipad.model.norm import SyncedBatchNorm
@@ -34,13 +35,19 @@ class GatherLift(nn.Module):
         self.grid, self.depth_range = grid, camera.depth_range
 
     def forward(
-        self, features: list[Tensor], depths: list[Tensor], lidar2image: Tensor, image_size: tuple[int, int]
+        self,
+        features: list[Tensor],
+        depths: list[Tensor],
+        lidar2image: Tensor,
+        image_size: tuple[int, int],
+        calibration: bytes | None = None,
     ) -> Tensor:
         """Lift features into the grid.
 
         features:    per level [B, N, h, w, C].
         depths:      per level [B, N, h, w, D] probabilities.
         lidar2image: [B, N, 4, 4] LiDAR meters -> pixels of an image of `image_size` (H, W), padding included.
+        calibration: identifies the values of `lidar2image`; None: unknown. Not used here.
 
         Returns [B, C, Z, Y, X] in memory format channels_last_3d.
         """
@@ -50,7 +57,11 @@ class GatherLift(nn.Module):
 
 
 class VoxelPoolLift(nn.Module):
-    """Each pixel of the feature map adds feature times depth probability to the voxels along its ray. No parameters."""
+    """Each pixel of the feature map adds feature times depth probability to the voxels along its ray. No parameters.
+
+    Keeps which voxels these are for the last calibration: with a rig whose calibration never changes they are found
+    once, in nuScenes, where it follows from the times at which the cameras took their images, at every step.
+    """
 
     def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
@@ -60,17 +71,26 @@ class VoxelPoolLift(nn.Module):
                 f"and --camera.fpn-start {len(camera.widths) - 1}, the last stage."
             )
         self.grid, self.depth_range, self.truncate = grid, camera.depth_range, camera.truncate
+        self._calibration, self._cache = None, None
 
     def forward(
-        self, features: list[Tensor], depths: list[Tensor], lidar2image: Tensor, image_size: tuple[int, int]
+        self,
+        features: list[Tensor],
+        depths: list[Tensor],
+        lidar2image: Tensor,
+        image_size: tuple[int, int],
+        calibration: bytes | None = None,
     ) -> Tensor:
         """As `GatherLift.forward`, with one level."""
         (feature,), (depth,) = features, depths
         grid = self.grid
         stride = image_size[0] // feature.shape[2]  # image pixels per pixel of the feature map
+        if calibration is None or calibration != self._calibration:
+            self._calibration, self._cache = calibration, None if calibration is None else StreamCache()
         volume = voxel_pool(
-            feature, depth, lidar2image, grid.low, grid.cell, grid.shape, stride, self.depth_range, self.truncate
-        )
+            feature, depth, lidar2image, grid.low, grid.cell, grid.shape, stride, self.depth_range, self.truncate,
+            cache=self._cache,
+        )  # fmt: skip
         return volume.permute(0, 4, 1, 2, 3)
 
 

@@ -1,32 +1,45 @@
-"""Host cost of the sparse encoder of lidar-0.075: number of launches, and the time in Python between them.
+"""Host cost of parts of a training step: number of launches, and the time in Python between them.
 
-    python -m benchmarks.count_launches
+    python -m benchmarks.count_launches            both parts
+    python -m benchmarks.count_launches sparse     the sparse encoder of lidar-0.075
+    python -m benchmarks.count_launches rendered   the renderer of camera-0.1, without the encoder: samples on rays,
+                                                   signed distances, resampling, rendering, losses and the backward
 
 Needs no GPU. Counted are launches of the project's kernels, and PyTorch's operators (on a GPU, one launch or more each)
 except views and allocations. Their number does not depend on the scene's size, so a small one is used, and Triton's
 interpreter. "neighbor tables" is the part that finds the neighbors of voxels, before the first convolution. Times
-are of the host code alone, or nearly: kernels are not run, and operators have almost no voxels to process.
+are of the host code alone, or nearly: kernels are not run, and operators have almost nothing to process. So what Triton
+itself takes for a launch is not in them.
 """
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.jit import KernelInterface
 
+from unipad.config import Grid
 from unipad.kernels import backend
 from unipad.model.lidar import SparseEncoder
+from unipad.model.rays import Rays
+from unipad.model.render import Renderer
 from unipad.model.sparse import SparseTensor, VoxelSet, make_tables
+from unipad.recipes import PRETRAIN
 
 N, SHAPE = 200, (41, 16, 200)  # voxels, cells (Z, Y, X)
 WIDTHS = (16, 32, 64, 128)  # channels of the stages, as in the recipe
+R = 8  # rays
+GRID = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))  # that the rays cross
 ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -54,15 +67,19 @@ def kernels_replaced(make):
 
 
 @contextmanager
-def counted():
-    """Counter, by name, of the launches inside this context."""
+def counted(run=True):
+    """Counter, by name, of the launches inside this context.
+
+    run: whether kernels run; without, their outputs are uninitialized.
+    """
     counts = Counter()
 
     def count(original, kernel, grid):
         def launch(*args, **kwargs):
             counts[kernel.__name__] += 1
-            with _disable_current_modes():  # do not count the interpreter's own operators
-                original(kernel, grid)(*args, **kwargs)
+            if run:
+                with _disable_current_modes():  # do not count the interpreter's own operators
+                    original(kernel, grid)(*args, **kwargs)
 
         return launch
 
@@ -75,12 +92,12 @@ def no_launch(original, kernel, grid):  # for `kernels_replaced`
 
 
 def microseconds(run, repeats=20):
-    """Median time of a run in microseconds."""
+    """Median CPU time of a run in microseconds, which other programs on the machine disturb less than elapsed time."""
     times = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = time.process_time()
         run()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return 1e6 * sorted(times)[repeats // 2]
 
 
@@ -91,10 +108,68 @@ def voxels():
     return VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
 
 
-def main():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    backend.interpret = True  # run the kernels on CPU tensors, not their references
+def of_kernels(counts):
+    """How many of the launches are of the project's kernels; the others are operators."""
+    return sum(n for launch, n in counts.items() if launch.endswith("_kernel"))
+
+
+def most_frequent(counts):
+    return ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
+
+
+class RenderedStep:
+    """The rendered part of a training step of a recipe for cameras, on random rays; kernels need not run.
+
+    settings: fields of the recipe's `Render` to replace.
+    """
+
+    def __init__(self, preset="camera-0.1", **settings):
+        self.renderer = Renderer(replace(PRETRAIN["camera"][preset].render, **settings), GRID)
+        channels, (X, Y, Z) = self.renderer.cfg.channels, GRID.shape
+        # in bf16 and channels-last, as the projection before the renderer returns it
+        volume = torch.randn(1, channels, Z, Y, X, dtype=torch.bfloat16)
+        self.volume = volume.to(memory_format=torch.channels_last_3d).requires_grad_()
+        directions = F.normalize(torch.randn(R, 3), dim=1)
+        depth, rgb = 4 * torch.rand(R), torch.rand(R, 3)
+        self.rays = Rays(directions, directions, depth, rgb, torch.zeros(R, dtype=torch.int32))
+        self.jitter = torch.rand(R, self.renderer.jitters)
+
+    def forward(self):
+        self.rendered = self.renderer(self.volume, self.rays, self.jitter)
+
+    def loss(self):
+        self.losses = self.renderer.loss(self.rendered, self.rays)
+
+    def backward(self):
+        sum(self.losses.values()).backward()
+
+    def whole(self):
+        """All of it, after the gradients of the last step are freed, as by the optimizer's `zero_grad`."""
+        for leaf in (self.volume, *self.renderer.parameters()):
+            leaf.grad = None
+        self.forward()
+        self.loss()
+        self.backward()
+
+
+def rendered():
+    step, all_counts = RenderedStep(), Counter()
+    print("| part | operators | launches of our kernels | most frequent |\n|---|---|---|---|")
+    for name, part in [("render", step.forward), ("losses", step.loss), ("backward", step.backward)]:
+        with counted() as counts:
+            part()
+        all_counts += counts
+        ours = of_kernels(counts)
+        print(f"| {name} | {counts.total() - ours} | {ours} | {most_frequent(counts)} |")
+    ours = of_kernels(all_counts)
+    print(f"| rendered step | {all_counts.total() - ours} | {ours} | {most_frequent(all_counts)} |")
+
+    print("\n| part | host microseconds |\n|---|---|")
+    with kernels_replaced(no_launch):
+        print(f"| rendered step | {microseconds(step.whole, repeats=100):.0f} |")
+
+
+def sparse():
     encoder = SparseEncoder(in_channels=5, widths=WIDTHS, blocks=2, out_channels=256)
     features = torch.randn(N, 5, requires_grad=True)
     state = {}
@@ -121,9 +196,7 @@ def main():
     for name, part in [("neighbor tables", tables), ("forward", forward), ("backward", backward)]:
         with counted() as counts:
             part()
-        ours = sum(n for launch, n in counts.items() if launch.endswith("_kernel"))
-        most = ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
-        print(f"| {name} | {counts.total()} | {ours} | {most} |")
+        print(f"| {name} | {counts.total()} | {of_kernels(counts)} | {most_frequent(counts)} |")
     encoder.eval()
     infer()  # our batch norms compute scale and shift in the first call in eval mode, and cache them
     with counted() as counts:
@@ -138,5 +211,16 @@ def main():
         print(f"| forward and backward | {microseconds(step):.0f} |")
 
 
+PARTS = {"sparse": sparse, "rendered": rendered}
+
+
+def main(names):
+    torch.set_num_threads(1)
+    backend.interpret = True  # run the kernels on CPU tensors, not their references
+    for name in names or PARTS:
+        torch.manual_seed(0)
+        PARTS[name]()
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -154,7 +154,7 @@ def _sdf_render_bwd_rgb_kernel(
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    STRIDE: tl.constexpr = C + 2 * H + INPUTS  # columns of W, A, G and E, as packed by `sdf_field.pack`
+    STRIDE: tl.constexpr = C + 2 * H + INPUTS  # columns of W, A, G and E, as packed by `sdf_pack`
     ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLORS
     last: tl.constexpr = (RGB_LAYERS - 1) * H * STRIDE
     d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * STRIDE
@@ -271,7 +271,7 @@ def _sdf_render_bwd_sdf_kernel(
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    STRIDE: tl.constexpr = C + H + INPUTS  # columns of W, A and E, as packed by `sdf_field.pack`
+    STRIDE: tl.constexpr = C + H + INPUTS  # columns of W, A and E, as packed by `sdf_pack`
     ROWS: tl.constexpr = SDF_LAYERS * H + 1  # the last layer has 1 + H: distance and geometry
     d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * STRIDE
     scratch_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 1) * BLOCK_M * H

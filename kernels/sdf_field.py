@@ -12,15 +12,14 @@ input of the color MLP. The derivative of the softplus follows from its value, a
 not stored.
 
 An MLP is packed into one matrix [rows, STRIDE]: one row per output unit, layer after layer, with the columns of W, A, G
-and E side by side. C and H are powers of two from 16 on. `pack` pads with zeros, which changes no result: the outputs
-of padded rows are multiplied by padded columns only.
+and E side by side (see sdf_pack.py). C and H are powers of two from 16 on, padded with zeros, which changes no result:
+the outputs of padded rows are multiplied by padded columns only.
 
 Sizes: M samples per tile, CHANNELS of the volume and C the same padded, H hidden units (padded), LAYERS of the MLP.
 PREC: input precision of `tl.dot`.
 """
 
 import torch
-import torch.nn.functional as F
 
 from unipad.kernels.backend import tl, triton
 from unipad.kernels.sdf_alpha import sigmoid
@@ -28,45 +27,6 @@ from unipad.kernels.trilinear import axis_corner
 
 COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding up to the minimum of tl.dot
 INPUTS = tl.constexpr(16)  # columns of E: p 0 to 2, the bias 3, direction 4 to 6, gradient 7 to 9, padding
-
-
-def pack(mlp, channels, rgb):
-    """An MLP packed into one matrix [rows, STRIDE] for the kernels; autograd splits its gradient.
-
-    mlp: as in `sdf_reference`. With `rgb` it is the color MLP, conditioned on (direction, feature, gradient, geometry);
-    else the distance MLP, conditioned on the feature. channels: of the feature.
-    """
-    A, bias, WP, W = fold_batched(mlp)
-    hidden, zeros = len(WP), A.new_zeros(len(A), INPUTS.value)
-    C, H = padded_width(channels), padded_width(hidden)
-    pieces = A.split([3, channels, 3, hidden] if rgb else [channels], dim=1)
-    direction, feature, gradient, geometry = pieces if rgb else (zeros[:, :3], *pieces, zeros[:, :3], zeros[:, :0])
-    columns = [
-        F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),  # 0 in the rows of layer 0: x_0 = 0
-        F.pad(feature, (0, C - channels)) if C > channels else feature,
-        F.pad(geometry, (0, H - hidden)) if rgb and H > hidden else geometry,
-        F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, 10:],  # E: 10 columns and padding
-    ]  # fmt: skip
-    out = torch.cat(columns, dim=1)
-    if H > hidden:
-        layers = out.split([hidden] * (len(W) - 1) + [len(W[-1])])
-        out = torch.cat([F.pad(layer, (0, 0, 0, H - hidden)) for layer in layers])
-    # the color MLP's last layer: from 3 + H - hidden rows to COLORS (F.pad removes rows, of zeros, if negative)
-    return F.pad(out, (0, 0, 0, COLORS.value - 3 - (H - hidden))) if rgb else out
-
-
-def fold_batched(mlp):
-    """`sdf_reference.fold` in batched products: for six layers 25 operators instead of 55, forward and backward.
-
-    Needs as many outputs as hidden units in every layer but the last.
-    """
-    P, q, *layers = mlp
-    C, d, W, b = (layers[i::4] for i in range(4))
-    inner = torch.stack(W[:-1])  # [L - 1, H, H]
-    A = torch.cat([torch.bmm(inner, torch.stack(C[:-1])).flatten(0, 1), W[-1] @ C[-1]])
-    offsets, biases = torch.stack([d[0] + q, *d[1:-1]])[..., None], torch.stack(b[:-1])[..., None]
-    bias = torch.cat([torch.baddbmm(biases, inner, offsets).flatten(), torch.addmv(b[-1], W[-1], d[-1])])
-    return A, bias[:, None], W[0] @ P, W
 
 
 def padded_width(width):

@@ -31,7 +31,6 @@ from unipad.kernels.sdf_field import (
     interpolate_bwd_coords,
     new_scratch,
     opacity,
-    pack,
     padded_width,
     precision,
     ray_launch,
@@ -44,6 +43,7 @@ from unipad.kernels.sdf_field import (
     sdf_inputs,
     store3,
 )
+from unipad.kernels.sdf_pack import pack, pack_ref
 from unipad.kernels.sdf_reference import field_ref, values_ref
 
 METHODS = ("neus", "volsdf")
@@ -101,7 +101,8 @@ def sdf_render(
     assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
     if not on_triton(volume):
         return sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method)
-    (sdf_mlp, rgb_mlp), sizes = _pack(volume, mlps)
+    # without rays nothing is launched
+    (sdf_mlp, rgb_mlp), sizes = _pack(volume, mlps, pack if len(edges) else pack_ref)
     (origins, directions, volume_idx, hit), (cells_per_unit, cell_offset) = rays, cells
     ray_tensors = dict(
         origins_ptr=origins, directions_ptr=directions, volume_idx_ptr=volume_idx, hit_ptr=hit, edges_ptr=edges,
@@ -141,9 +142,10 @@ def sdf_values(
     if not on_triton(volume):
         return sdf_values_ref(volume, rays, starts, sdf_mlp, cells)
     origins, directions, volume_idx = rays
-    ((packed_mlp, _), sizes), (R, S), PREC = _pack(volume, (sdf_mlp, None)), starts.shape, precision(exact)
+    (R, S), PREC = starts.shape, precision(exact)
     sdf = starts.new_empty(R, S)
     if sdf.numel():
+        (packed_mlp, _), sizes = _pack(volume, (sdf_mlp, None))
         _, Z, Y, X, CHANNELS = volume.shape
         cells_per_unit, cell_offset = cells
         _, launch = sample_launch(R * S, sizes | dict(PREC=PREC))
@@ -191,12 +193,12 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
     assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
 
 
-def _pack(volume, mlps):
+def _pack(volume, mlps, packs=pack):
     """Both packed MLPs (an empty tensor without a color MLP) and the kernels' sizes."""
     (sdf, rgb), channels = mlps, volume.shape[4]
-    packs = [pack(sdf, channels, rgb=False), volume.new_empty(0) if rgb is None else pack(rgb, channels, rgb=True)]
     sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))  # sdf[0] is P [H, 3]
-    return packs, sizes | dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
+    sizes |= dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
+    return packs(sdf, rgb, channels), sizes
 
 
 class SdfRender(torch.autograd.Function):

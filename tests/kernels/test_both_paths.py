@@ -60,6 +60,7 @@ REJECTED = [
         ([("voxel_pool", dict(shape=(8, 8)))], r"\(x, y, z\) each"),
         ([("sdf_render", dict(edges=lambda t: t[:, :1]))], "S > 0"),
         ([("sdf_render", dict(density_param=lambda t: t.expand(4)))], r"density_param is \[1\]"),
+        ([("pack", dict(channels=31))], r"tensor 2 of the distance MLP is \[16, 32\], not \[16, 31\]"),
         ([("sdf_values", dict(starts=lambda t: t[:1]))], "do not match"),
         ([("sdf_values", dict(cells=lambda t: t[0]))], r"cells_per_unit and cell_offset are \[3\]"),
         ([("rotated_iou_bev", dict(a=lambda t: t[:, :4]))], r"\[N, 5\]"),

@@ -1,20 +1,9 @@
-"""`fold` of the reference, compared with the kernels' batched form, and `Softplus`; test_sdf_render.py checks the whole
-field.
-"""
+"""`Softplus` of the reference; test_sdf_render.py checks the whole field."""
 
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.test_sdf_render import random_mlp
-from unipad.kernels.sdf_field import fold_batched
-from unipad.kernels.sdf_reference import Softplus, fold
-
-
-def test_batched_folding_matches_fold():
-    mlp = [t.double() for t in random_mlp(conditions=5, outputs=3, hidden=7, layers=4)]
-    # without the last result, the list of W, which both return as it is
-    for batched, looped in zip(fold_batched(mlp)[:3], fold(mlp)[:3], strict=True):
-        torch.testing.assert_close(batched, looped, rtol=1e-14, atol=1e-14)
+from unipad.kernels.sdf_reference import Softplus
 
 
 def test_softplus_equals_torchs_and_is_linear_beyond_the_threshold():

@@ -41,6 +41,7 @@ from unipad.kernels.sdf_alpha import (
     volsdf_alpha,
     volsdf_alpha_ref,
 )
+from unipad.kernels.sdf_pack import pack, pack_ref
 from unipad.kernels.sdf_render import sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
@@ -307,6 +308,11 @@ def _field_cases(size, recipe):
             sdf_mlp=given["mlps"][0], cells=given["cells"],
         )  # fmt: skip
 
+    def parameters(device, dtype):
+        sdf_mlp, rgb_mlp = inputs("neus")(device, dtype)["mlps"]
+        return dict(sdf_mlp=sdf_mlp, rgb_mlp=rgb_mlp, channels=32)
+
+    yield from _each("fp32", "pack", size, pack, pack_ref, parameters, ("sdf_mlp", "rgb_mlp"))
     kinds = {"neus": inputs("neus"), "volsdf": inputs("volsdf"), "neus without color": inputs("neus", rgb_layers=0)}
     if not recipe:
         kinds |= {

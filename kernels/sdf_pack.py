@@ -1,0 +1,273 @@
+"""The parameters of both MLPs, packed into the matrices that the kernels of `sdf_render` read: one launch, and one for
+the gradient.
+
+With the symbols of sdf_field.py, a layer of an MLP is z_l = W_l x_l + A_l f + G_l geometry + E_l e. A, G and E are
+products with the parameters of sdf_reference.py, whose conditioning vector c has f, and in the color MLP also the
+direction, the gradient and the geometry. All of these products are one:
+
+    S_l = (C_l by columns, P if l = 0, d_l (+ q if l = 0)),   (A_l, G_l, E_l) = W_l S_l + (b_l in the column of 1)
+    dW_l = d(A_l, G_l, E_l) S_l^T + d(W_l),   dS_l = W_l^T d(A_l, G_l, E_l)
+
+The layout: one row per output unit, layer after layer, and the columns of W, A, G and E side by side, as they are
+listed in `_columns`. W is 0 in layer 0, since x_0 = 0. Widths are padded with zeros, which changes no result: units and
+channels to `padded_width`, the color MLP's last layer to COLORS rows, E to INPUTS columns. The distance MLP has no G,
+and in its E no direction and no gradient.
+
+Part of `sdf_render`. Sizes: CHANNELS of the volume, HIDDEN units; C and H the same padded; L layers; K entries of c.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
+from unipad.kernels.sdf_field import COLORS, INPUTS, padded_width
+from unipad.kernels.sdf_reference import fold
+
+
+def pack(sdf_mlp: Sequence[Tensor], rgb_mlp: Sequence[Tensor] | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Both MLPs packed for the kernels.
+
+    Args:
+        sdf_mlp:  the distance MLP as in `sdf_render`: P [HIDDEN, 3], q [HIDDEN], then C_l [HIDDEN, K], d_l [HIDDEN],
+                  W_l [n, HIDDEN], b_l [n] of at least two layers; K = channels; n = HIDDEN, of the last 1 + HIDDEN.
+        rgb_mlp:  the color MLP likewise, K = 3 + channels + 3 + HIDDEN and n = 3 for the last layer; or None.
+        channels: of the volume.
+
+    Returns:
+        sdf: [(L - 1) H + 1 + H, H + C + INPUTS].
+        rgb: [(L - 1) H + COLORS, H + C + H + INPUTS]; empty without a color MLP.
+
+    Differentiable once w.r.t. all tensors. The kernels compute in fp32. Deterministic. Raises AssertionError if shapes
+    or types do not match.
+    """
+    hidden = len(sdf_mlp[0])
+    _check("distance", sdf_mlp, channels, hidden, outputs=1 + hidden)
+    if rgb_mlp is not None:
+        _check("color", rgb_mlp, 3 + channels + 3 + hidden, hidden, outputs=3)
+    if not on_triton(sdf_mlp[0]):
+        return pack_ref(sdf_mlp, rgb_mlp, channels)
+    assert sdf_mlp[0].dtype == torch.float32, f"the kernels pack parameters in fp32, not {sdf_mlp[0].dtype}"
+    sizes = dict(
+        CHANNELS=channels, HIDDEN=hidden, C=padded_width(channels), H=padded_width(hidden),
+        SDF_LAYERS=len(sdf_mlp) // 4, RGB_LAYERS=0 if rgb_mlp is None else len(rgb_mlp) // 4,
+    )  # fmt: skip
+    return Pack.apply(sizes, *sdf_mlp, *(rgb_mlp or ()))
+
+
+@without_autocast
+def pack_ref(sdf_mlp, rgb_mlp, channels):
+    """`pack` in plain PyTorch."""
+    hidden, C, H = len(sdf_mlp[0]), padded_width(channels), padded_width(len(sdf_mlp[0]))
+    packed = []
+    for mlp in (sdf_mlp, rgb_mlp):
+        if mlp is None:
+            packed.append(sdf_mlp[0].new_empty(0))
+            continue
+        A, bias, WP, W = fold(mlp)
+        zeros, is_rgb = A.new_zeros(len(A), INPUTS.value), mlp is rgb_mlp
+        pieces = A.split([3, channels, 3, hidden] if is_rgb else [channels], dim=1)
+        direction, feature, gradient, geometry = pieces if is_rgb else (zeros[:, :3], *pieces, zeros[:, :3], None)
+        columns = [
+            F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),  # 0 in the rows of layer 0: x_0 = 0
+            F.pad(feature, (0, C - channels)),
+            F.pad(geometry, (0, H - hidden)) if is_rgb else zeros[:, :0],
+            F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, 10:],  # E: 10 columns, padding
+        ]  # fmt: skip
+        layers = torch.cat(columns, dim=1).split([len(w) for w in W])
+        padding = [H - hidden] * (len(W) - 1) + [COLORS.value - 3 if is_rgb else H - hidden]  # rows of 0
+        packed.append(torch.cat([F.pad(layer, (0, 0, 0, n)) for layer, n in zip(layers, padding, strict=True)]))
+    return tuple(packed)
+
+
+def _check(name, mlp, K, hidden, outputs):
+    layers, rest = divmod(len(mlp) - 2, 4)
+    assert layers >= 2 and rest == 0, (
+        f"the {name} MLP has {len(mlp)} tensors: not 2, and 4 for each of at least two layers"
+    )
+    condition, square = [(hidden, K), (hidden,)], [(hidden, hidden), (hidden,)]
+    last = [*condition, (outputs, hidden), (outputs,)]
+    expected = [(hidden, 3), (hidden,), *(condition + square) * (layers - 1), *last]
+    for i, (tensor, shape) in enumerate(zip(mlp, expected, strict=True)):
+        assert tensor.shape == shape, f"tensor {i} of the {name} MLP is {list(tensor.shape)}, not {list(shape)}"
+        assert tensor.dtype == mlp[0].dtype, f"tensor {i} of the {name} MLP is {tensor.dtype}, the first {mlp[0].dtype}"
+
+
+class Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sizes, *tensors):
+        C, H, sdf_layers, rgb_layers = (sizes[name] for name in ("C", "H", "SDF_LAYERS", "RGB_LAYERS"))
+        tensors = [t.contiguous() for t in tensors]
+        sdf = tensors[0].new_empty((sdf_layers - 1) * H + 1 + H, H + C + INPUTS.value)
+        rgb_shape = (rgb_layers - 1) * H + COLORS.value, H + C + H + INPUTS.value
+        rgb = tensors[0].new_empty(rgb_shape if rgb_layers else 0)
+        blocks = (H + C + H + INPUTS.value) // BLOCK  # of columns
+        _pack_fwd_kernel[(sdf_layers + rgb_layers, blocks)](
+            **_by_kind("", tensors, sdf_layers), sdf_ptr=sdf, rgb_ptr=rgb, **sizes, BLOCK=BLOCK, num_warps=WARPS
+        )
+        ctx.sizes = sizes
+        ctx.save_for_backward(*tensors)
+        return sdf, rgb
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_sdf, d_rgb):
+        tensors, sizes = ctx.saved_tensors, ctx.sizes
+        C, H, sdf_layers = sizes["C"], sizes["H"], sizes["SDF_LAYERS"]
+        grads = [torch.empty_like(t) for t in tensors]
+        blocks = H // BLOCK + 1 + (C + H + INPUTS.value) // BLOCK  # of rows of W, then of columns of S
+        _pack_bwd_kernel[(sdf_layers + sizes["RGB_LAYERS"], blocks)](
+            **_by_kind("", tensors, sdf_layers), **_by_kind("d_", grads, sdf_layers),
+            up_sdf_ptr=d_sdf.contiguous(), up_rgb_ptr=d_rgb.contiguous(), **sizes, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+        return None, *grads
+
+
+BLOCK = 16  # rows and columns that a program multiplies at once: the minimum of tl.dot; divides C, H, COLORS and INPUTS
+WARPS = 2
+
+
+def _by_kind(prefix, tensors, sdf_layers):
+    """Arguments of the kernels: P and q of the MLPs, and C, d, W and b of all layers."""
+    mlps = [tensors[: 2 + 4 * sdf_layers], tensors[2 + 4 * sdf_layers :]]
+    kinds = {"p": slice(0, 1), "q": slice(1, 2)} | {kind: slice(2 + i, None, 4) for i, kind in enumerate("cdwb")}
+    return {f"{prefix}{kind}_ptrs": tuple(t for mlp in mlps for t in mlp[at]) for kind, at in kinds.items()}
+
+
+@triton.jit
+def _pick(ptrs, i):
+    """ptrs[i], where i is known only at run time."""
+    ptr = ptrs[0]
+    for k in tl.static_range(1, len(ptrs)):
+        ptr = tl.where(i == k, ptrs[k], ptr)
+    return ptr
+
+
+@triton.jit
+def _place(
+    layer, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr,
+):  # fmt: skip
+    """Of a layer, counted through both MLPs: whether it is the color MLP's, and l; where it begins in the packed MLP,
+    its rows, those with padding, its packed columns, K."""
+    is_rgb = layer >= SDF_LAYERS
+    l = layer - tl.where(is_rgb, SDF_LAYERS, 0)
+    is_last = l == tl.where(is_rgb, RGB_LAYERS, SDF_LAYERS) - 1
+    rows = tl.where(is_last, tl.where(is_rgb, 3, 1 + HIDDEN), HIDDEN)
+    padded_rows = tl.where(is_last, tl.where(is_rgb, COLORS, 1 + H), H)
+    stride = tl.where(is_rgb, H + C + H + INPUTS, H + C + INPUTS)
+    begin = l.to(tl.int64) * H * stride
+    return is_rgb, l, begin, rows, padded_rows, stride, tl.where(is_rgb, CHANNELS + HIDDEN + 6, CHANNELS)
+
+
+@triton.jit
+def _columns(
+    at, is_rgb, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The layout: for packed columns from `at` on, [1, BLOCK], the columns of C_l (-1: none), and those of E (others
+    are not from 0 to 15)."""
+    j = at - H + tl.arange(0, BLOCK)[None, :].to(tl.int64)  # behind the columns of W
+    g = tl.where(is_rgb, j - C, -1)
+    e = j - C - tl.where(is_rgb, H, 0)
+    column = tl.where((j >= 0) & (j < CHANNELS), j + tl.where(is_rgb, 3, 0), -1)
+    column = tl.where((g >= 0) & (g < HIDDEN), CHANNELS + 6 + g, column)
+    # E: the point 0 to 2, the bias 3, direction 4 to 6, gradient 7 to 9
+    column = tl.where(is_rgb & (e >= 4) & (e < 7), e - 4, column)
+    return tl.where(is_rgb & (e >= 7) & (e < 10), CHANNELS + e - 4, column), e
+
+
+@triton.jit
+def _parts(column, e, k, l, HIDDEN: tl.constexpr):
+    """Which entries [H, BLOCK] of S_l are those of C_l, P, d_l and q; k: their rows, [H, 1]."""
+    k_ok = k < HIDDEN
+    first_ok = k_ok & (l + 0 * e == 0)  # a block, as the interpreter combines no mask with a scalar
+    return k_ok & (column >= 0), first_ok & (e >= 0) & (e < 3), k_ok & (e == 3), first_ok & (e == 3)
+
+
+@triton.jit
+def _load_source(p_ptr, q_ptr, c_ptr, d_ptr, column, e, k, l, K, HIDDEN: tl.constexpr):
+    """Columns of S_l, [H, BLOCK]."""
+    of_c, of_p, of_d, of_q = _parts(column, e, k, l, HIDDEN)
+    source = tl.load(c_ptr + k * K + column, mask=of_c, other=0.0)
+    source += tl.load(p_ptr + 3 * k + e, mask=of_p, other=0.0)
+    source += tl.load(d_ptr + k + 0 * e, mask=of_d, other=0.0)
+    return source + tl.load(q_ptr + k + 0 * e, mask=of_q, other=0.0)
+
+
+@jit
+def _pack_fwd_kernel(
+    p_ptrs, q_ptrs,  # per MLP [HIDDEN, 3], [HIDDEN]
+    c_ptrs, d_ptrs, w_ptrs, b_ptrs,  # per layer [HIDDEN, K], [HIDDEN], [rows, HIDDEN], [rows]
+    sdf_ptr, rgb_ptr,  # packed
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, at = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK
+    is_rgb, l, begin, rows, padded_rows, stride, K = _place(layer, CHANNELS, HIDDEN, C, H, SDF_LAYERS, RGB_LAYERS)
+    p_ptr, q_ptr = _pick(p_ptrs, is_rgb), _pick(q_ptrs, is_rgb)
+    c_ptr, d_ptr, w_ptr, b_ptr = _pick(c_ptrs, layer), _pick(d_ptrs, layer), _pick(w_ptrs, layer), _pick(b_ptrs, layer)
+    out_ptr = tl.where(is_rgb, rgb_ptr, sdf_ptr) + begin
+    column, e = _columns(at, is_rgb, CHANNELS, HIDDEN, C, H, BLOCK)
+    h = tl.arange(0, H).to(tl.int64)
+    source = _load_source(p_ptr, q_ptr, c_ptr, d_ptr, column, e, h[:, None], l, K, HIDDEN)  # [H, BLOCK]
+    j = at + tl.arange(0, BLOCK)[None, :]
+    for row in range(0, padded_rows, BLOCK):
+        n = row + tl.arange(0, BLOCK)[:, None].to(tl.int64)
+        n_ok = n < rows
+        w = tl.load(w_ptr + n * HIDDEN + h[None, :], mask=n_ok & (h[None, :] < HIDDEN), other=0.0)
+        copied = tl.load(
+            w_ptr + n * HIDDEN + j, mask=n_ok & (j < tl.where(l > 0, HIDDEN, 0)), other=0.0
+        )  # the columns of W
+        copied += tl.load(b_ptr + n + 0 * e, mask=n_ok & (e == 3), other=0.0)
+        out = tl.dot(w, source, copied, input_precision="ieee")
+        tl.store(out_ptr + n * stride + j, out, mask=(n < padded_rows) & (j < stride))
+
+
+@jit
+def _pack_bwd_kernel(
+    p_ptrs, q_ptrs, c_ptrs, d_ptrs, w_ptrs, b_ptrs,  # as for the forward kernel
+    d_p_ptrs, d_q_ptrs, d_c_ptrs, d_d_ptrs, d_w_ptrs, d_b_ptrs,  # their gradients
+    up_sdf_ptr, up_rgb_ptr,  # upstream gradients of the packed MLPs
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    is_rgb, l, begin, rows, _, stride, K = _place(layer, CHANNELS, HIDDEN, C, H, SDF_LAYERS, RGB_LAYERS)
+    w_ptr = _pick(w_ptrs, layer)
+    up_ptr = tl.where(is_rgb, up_rgb_ptr, up_sdf_ptr) + begin
+    h = tl.arange(0, H).to(tl.int64)
+    if block <= H // BLOCK:  # rows of W_l and b_l, of which a last layer may have 1 + HIDDEN
+        p_ptr, q_ptr = _pick(p_ptrs, is_rgb), _pick(q_ptrs, is_rgb)
+        c_ptr, d_ptr = _pick(c_ptrs, layer), _pick(d_ptrs, layer)
+        n = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+        n_ok = n < rows
+        copied = n_ok & (h[None, :] < tl.where(l > 0, HIDDEN, 0))
+        d_w = tl.load(up_ptr + n * stride + h[None, :], mask=copied, other=0.0)
+        d_b = tl.zeros((BLOCK,), tl.float32)
+        for at in range(H, stride, BLOCK):
+            column, e = _columns(at, is_rgb, CHANNELS, HIDDEN, C, H, BLOCK)
+            source = _load_source(p_ptr, q_ptr, c_ptr, d_ptr, column, e, h[:, None], l, K, HIDDEN)
+            up = tl.load(up_ptr + n * stride + at + tl.arange(0, BLOCK)[None, :], mask=n_ok, other=0.0)
+            d_w = tl.dot(up, tl.trans(source), d_w, input_precision="ieee")
+            d_b += tl.sum(tl.where(e == 3, up, 0.0), axis=1)
+        tl.store(_pick(d_w_ptrs, layer) + n * HIDDEN + h[None, :], d_w, mask=n_ok & (h[None, :] < HIDDEN))
+        tl.store(_pick(d_b_ptrs, layer) + n, d_b[:, None], mask=n_ok)
+    else:  # columns of S_l
+        begin_column = H + (block - H // BLOCK - 1) * BLOCK
+        column, e = _columns(begin_column, is_rgb, CHANNELS, HIDDEN, C, H, BLOCK)
+        j = begin_column + tl.arange(0, BLOCK)[None, :]
+        d_source = tl.zeros((H, BLOCK), tl.float32)
+        for row in range(0, rows, BLOCK):
+            n = row + tl.arange(0, BLOCK)[:, None].to(tl.int64)
+            n_ok = n < rows
+            w = tl.load(w_ptr + n * HIDDEN + h[None, :], mask=n_ok & (h[None, :] < HIDDEN), other=0.0)
+            up = tl.load(up_ptr + n * stride + j, mask=n_ok & (j < stride), other=0.0)
+            d_source = tl.dot(tl.trans(w), up, d_source, input_precision="ieee")
+        k = h[:, None]
+        of_c, of_p, of_d, of_q = _parts(column, e, k, l, HIDDEN)
+        tl.store(_pick(d_c_ptrs, layer) + k * K + column, d_source, mask=of_c)
+        tl.store(_pick(d_p_ptrs, is_rgb) + 3 * k + e, d_source, mask=of_p)
+        tl.store(_pick(d_d_ptrs, layer) + k + 0 * e, d_source, mask=of_d)
+        tl.store(_pick(d_q_ptrs, is_rgb) + k + 0 * e, d_source, mask=of_q)

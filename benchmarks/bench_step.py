@@ -66,7 +66,7 @@ class EagerLift(torch.nn.Module):
         super().__init__()
         self.grid, self.depth_range = lift.grid, lift.depth_range
 
-    def forward(self, features, depths, lidar2image, image_size):
+    def forward(self, features, depths, lidar2image, image_size, calibration=None):
         grid = self.grid
         volume = eager_lift(
             features, depths, lidar2image, grid.low, grid.cell, grid.shape, image_size, self.depth_range

@@ -84,7 +84,8 @@ def output_keys(
     Z, Y, X = out
     _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
         coords_ptr=coords, keys_ptr=keys, inverse_idx_ptr=inverse_idx, PAIRS=pairs, N=len(coords), Z=Z, Y=Y, X=X,
-        slots=slots, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, K=prod(kernel_size),
+        slots=slots, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
+        ENTRIES=prod(kernel_size) * len(coords),
         FILLS=triton.cdiv(prod(kernel_size), prod(slots)),
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
@@ -114,11 +115,11 @@ BLOCK = 256  # voxels per program
 BLOCK_PAIRS = 1024  # pairs of a slot and an input per program
 
 
-@jit(varying=("PAIRS", "N", "Z", "Y", "X"))
+@jit(varying=("PAIRS", "N", "ENTRIES", "Z", "Y", "X"))
 def _reached_keys_kernel(
     coords_ptr, keys_ptr, inverse_idx_ptr,  # [N, 4], [PAIRS + 1], [K, N] or None
-    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation, K,  # PAIRS = all slots * N; Z, Y, X: output grid
-    FILLS: tl.constexpr,  # at least K N / PAIRS
+    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = all slots * N; Z, Y, X: output grid
+    ENTRIES, FILLS: tl.constexpr,  # K N, of `inverse_idx`; at least ENTRIES / PAIRS
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Keys of the output cells of all pairs of a slot and an input; NO_KEY for pairs without a cell and after the last.
@@ -136,9 +137,8 @@ def _reached_keys_kernel(
     key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
     if inverse_idx_ptr is not None:  # every pair fills as many entries
-        size = K.to(tl.int64) * N
         for _ in tl.static_range(FILLS):
-            tl.store(inverse_idx_ptr + pair, tl.full(pair.shape, -1, tl.int32), mask=ok & (pair < size))
+            tl.store(inverse_idx_ptr + pair, tl.full(pair.shape, -1, tl.int32), mask=ok & (pair < ENTRIES))
             pair += PAIRS
 
 

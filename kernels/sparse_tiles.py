@@ -258,11 +258,17 @@ def _write_pairs(
     WINDOW: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COUNTS: tl.constexpr,
 ):  # fmt: skip
     k = (block * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-    # pairs before those of each offset in this window: a sum over the first `before` of all counts
+    # Pairs before those of each offset in this window: the first `before` counts. Those of earlier blocks are added up
+    # once for all offsets of this block.
     before = tl.where(k < K, k * W + window, 0)
-    needed = tl.max(before, axis=0)
-    begin, i = tl.zeros((BLOCK_K,), tl.int64), tl.arange(0, BLOCK_COUNTS).to(tl.int64)
-    for _ in range(tl.cdiv(needed, BLOCK_COUNTS).to(tl.int32)):
+    first, needed = block.to(tl.int64) * BLOCK_K * W, tl.max(before, axis=0)
+    earlier, i = tl.zeros((BLOCK_COUNTS,), tl.int64), tl.arange(0, BLOCK_COUNTS).to(tl.int64)
+    for _ in range(tl.cdiv(first, BLOCK_COUNTS).to(tl.int32)):
+        earlier += tl.load(counts_idx_ptr + i, mask=i < first, other=0)
+        i += BLOCK_COUNTS
+    begin = tl.zeros((BLOCK_K,), tl.int64) + tl.sum(earlier, axis=0)
+    i = first + tl.arange(0, BLOCK_COUNTS)
+    for _ in range(tl.cdiv(needed - first, BLOCK_COUNTS).to(tl.int32)):
         count = tl.load(counts_idx_ptr + i, mask=i < needed, other=0)
         begin += tl.sum(tl.where(i[None, :] < before[:, None], count[None, :], 0).to(tl.int64), axis=1)
         i += BLOCK_COUNTS

@@ -71,7 +71,9 @@ def voxel_pool(
     points = None  # there are none
     if features.numel() and D and min(shape):
         cache = StreamCache() if cache is None else cache
-        points = cache.get(geometry, features.device, lambda: find_points(lidar2image.detach(), *geometry))
+        points = cache.get(
+            (features.device, geometry), features.device, lambda: find_points(lidar2image.detach(), *geometry)
+        )
     return VoxelPool.apply(features, depths, points, shape)
 
 

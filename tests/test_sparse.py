@@ -348,6 +348,13 @@ def test_one_cast_of_all_weights_gives_the_same_bits():
     assert all(m.rounded is None for m in (net.stem, net.down, net.up, net.point, net.halve))
     with rounded_weights(net):
         assert net.down.rounded is None  # without autocast
+    with torch.autocast("cpu", torch.bfloat16), rounded_weights(net):
+        # fp64 features are never cast, nor any features where autocast is off
+        assert net.stem(SparseTensor(x.features.double(), x.voxels)).features.dtype == torch.float64
+        with torch.autocast("cpu", enabled=False):
+            assert net.stem(x).features.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), rounded_weights(net.point):  # nothing to cast
+        assert net.point.rounded is None
 
 
 @torch.no_grad()

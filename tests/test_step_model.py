@@ -15,7 +15,7 @@ from tests import scripts
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 from benchmarks import harness, step_counts, step_model
-from benchmarks.bench_step import random_batch
+from benchmarks.bench_step import eager_twin, random_batch
 from benchmarks.lidar_scene import scene
 from unipad.errors import UserError
 from unipad.kernels.sdf_reference import decode, decode_sdf
@@ -243,3 +243,16 @@ def test_every_preset_can_be_chosen(task):
     for modality, named in presets.items():
         for name, recipe in named.items():
             assert step_model.find(step_model.Args(task, name, modality)) == (f"{task}/{modality}/{name}", recipe)
+
+
+def test_the_eager_step_of_bench_step_has_the_same_losses():
+    recipe = PRETRAIN["camera"]["tiny"]
+    torch.manual_seed(0)
+    net, batch = step_counts.MODELS[type(recipe)](recipe), random_batch(recipe)
+    with torch.no_grad():
+        ours, eager = (
+            model(batch, generators(seed=0, step=0, positions=[0], device="cpu"))[0] for model in (net, eager_twin(net))
+        )
+    assert ours.keys() == eager.keys()
+    for name, loss in ours.items():
+        assert loss.item() == pytest.approx(eager[name].item(), rel=1e-3), name

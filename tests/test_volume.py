@@ -70,6 +70,9 @@ def test_points_are_found_once_per_calibration(device, monkeypatch):
     # nothing is kept of cameras that the host does not know, such as those of a transformed batch
     moved = replace(batch.to(device), lidar2image=other.lidar2image.to(device))
     assert moved.calibration is None and torch.equal(encoder.encode(moved, None).volume, volumes[2])
+    moved = batch.to(device)
+    moved.lidar2image.copy_(other.lidar2image)
+    assert moved.calibration is None and torch.equal(encoder.encode(moved, None).volume, volumes[2])
 
 
 def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():

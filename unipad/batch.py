@@ -82,7 +82,7 @@ class Batch:
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
-    rig: tuple[Tensor, bytes] | None = None  # for `calibration`, set by `to`: a `lidar2image` and its bytes
+    rig: tuple[Tensor, int, bytes] | None = None  # for `calibration`, set by `to`: `lidar2image`, its version and bytes
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -96,10 +96,13 @@ class Batch:
     def calibration(self) -> bytes | None:
         """The bytes of `lidar2image`, without waiting for the device: a key for what depends on the cameras only.
 
-        None where they are not known on the host: unless `to` has moved the batch there, and `lidar2image` is still the
-        tensor that it made, which must not be changed in place.
+        None where the host does not know them: unless `to` has moved the batch, and `lidar2image` is still the tensor
+        that it made, unchanged.
         """
-        return self.rig[1] if self.rig is not None and self.rig[0] is self.lidar2image else None
+        if self.rig is None:
+            return None
+        moved, version, content = self.rig
+        return content if moved is self.lidar2image and moved._version == version else None
 
     def keyframe(self) -> "Batch":
         """The batch with only the keyframe's views, without a copy."""
@@ -118,7 +121,8 @@ class Batch:
             # by a tensor: a GPU multiplies by the reciprocal of a number instead, and rounds differently
             moved["images"] = images / images.new_full((), 255, dtype=torch.float32)
         on_host = self.lidar2image.device.type == "cpu"
-        rig = (moved["lidar2image"], self.lidar2image.numpy().tobytes()) if on_host else None
+        moved_rig = moved["lidar2image"]
+        rig = (moved_rig, moved_rig._version, self.lidar2image.numpy().tobytes()) if on_host else None
         return replace(self, **moved, rig=rig)
 
     def pin_memory(self) -> "Batch":

@@ -125,6 +125,7 @@ def large_blocks(monkeypatch):
         for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, MAX_VOXELS=2**10).items():
             monkeypatch.setattr(unipad.kernels.lift, name, size)
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**17)
+        monkeypatch.setattr(unipad.kernels.pixel_sum, "BLOCK", 2**14)
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])

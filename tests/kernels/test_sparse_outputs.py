@@ -25,12 +25,15 @@ LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # ty
 COORDS_BLOCK, KEYS_BLOCK = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
 # the inverse table of a 3 x 3 x 3 convolution of stride 2: 27 entries for the 8 cells that an input reaches
 FILL, NO_FILL = dict(FILLS=4), dict(FILLS=1, inverse_idx_ptr=None)
+ONE_CELL = dict(slots=(1, 1, 1), kernel_size=(1, 1, 1), dilation=(1, 1, 1), FILLS=1, TRANSPOSED=False, NO_KEY=NO_KEY)
 LAUNCHES = [
     # elements: no argument has the element type, so one is enough
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
         ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
         ("_reached_keys_kernel", KEYS_BLOCK | FILL | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 120, 0),
+        # a kernel of one cell: Triton makes sizes of 1 Python numbers
+        ("_reached_keys_kernel", KEYS_BLOCK | FILL | ONE_CELL, LONG, 112, 0),
         ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
         ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
         ("_coords_kernel", COORDS_BLOCK | dict(long_keys_ptr=None), LONG, 40, 1024),

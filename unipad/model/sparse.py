@@ -153,10 +153,10 @@ class _SparseConvolution(nn.Module):
     """
 
     allow_tf32 = False  # True: multiply fp32 features in tf32
-    rounded = None  # inside of `rounded_weights`: the weight in autocast's type
 
     def __init__(self, in_channels, out_channels, kernel, bias=True):
         super().__init__()
+        self.rounded = None  # inside of `rounded_weights`: the weight in autocast's type
         self.kernel = _triple(kernel)
         self.weight = nn.Parameter(torch.empty(out_channels, *self.kernel, in_channels))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
@@ -180,7 +180,9 @@ class _SparseConvolution(nn.Module):
         """The features of the output voxels: [N, Cin] -> [M, Cout]."""
         if table is None:
             return F.linear(features, self.weight.flatten(1), self.bias)
-        out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32, rounded=self.rounded)
+        casts = features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type)
+        rounded = self.rounded if casts else None
+        out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32, rounded=rounded)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self):
@@ -310,6 +312,8 @@ def rounded_weights(*nets: nn.Module):
         return contextlib.nullcontext()
     # those of a 1 x 1 x 1 kernel are cast by autocast itself
     convs = [conv for conv in convs if math.prod(conv.kernel) > 1 and conv.weight.dtype == torch.float32]
+    if not convs:
+        return contextlib.nullcontext()
     return _rounded_weights(convs, torch.get_autocast_dtype(device))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unipad import config
 from unipad.errors import UserError
-from unipad.kernels.backend import StreamCache
+from unipad.kernels.backend import StreamCache, capturing
 from unipad.kernels.lift import lift
 from unipad.kernels.voxel_pool import voxel_pool
 from unipad.model.norm import SyncedBatchNorm
@@ -59,8 +59,8 @@ class GatherLift(nn.Module):
 class VoxelPoolLift(nn.Module):
     """Each pixel of the feature map adds feature times depth probability to the voxels along its ray. No parameters.
 
-    Keeps which voxels these are for the last calibration: with a rig whose calibration never changes they are found
-    once, in nuScenes, where it follows from the times at which the cameras took their images, at every step.
+    Keeps which voxels these are for the last calibration. If it never changes, they are found once. In nuScenes it
+    changes with every sample, since it follows from the times of the images: there they are found in every step.
     """
 
     def __init__(self, grid: config.Grid, camera: config.CameraConfig):
@@ -89,7 +89,8 @@ class VoxelPoolLift(nn.Module):
             self._calibration, self._cache = calibration, None if calibration is None else StreamCache()
         volume = voxel_pool(
             feature, depth, lidar2image, grid.low, grid.cell, grid.shape, stride, self.depth_range, self.truncate,
-            cache=self._cache,
+            # a CUDA graph would go on using the voxels of these cameras
+            cache=None if capturing(feature.device) else self._cache,
         )  # fmt: skip
         return volume.permute(0, 4, 1, 2, 3)
 

@@ -112,6 +112,9 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         if device.index >= gpus:
             raise UserError(f"{device} does not exist, there are {gpus} GPUs; choose another one or fewer processes.")
         torch.cuda.set_device(device)
+        # cuDNN times its algorithms at the first convolution of each shape. Images are padded to one size and volumes
+        # have the size of the grid, so steps repeat a few shapes. Where images vary in size, each size is timed once.
+        torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -17,6 +17,8 @@ from unipad.kernels.ray_sample import (
     clip_rays_ref,
     merge,
     merge_ref,
+    neus_resample,
+    neus_resample_ref,
     resample,
     resample_ref,
     sample_pdf,
@@ -33,8 +35,6 @@ from unipad.kernels.rotated_iou import (
     rotated_nms_ref,
 )
 from unipad.kernels.sdf_alpha import (
-    interval_alpha,
-    interval_alpha_ref,
     neus_alpha,
     neus_alpha_ref,
     unisurf_alpha,
@@ -192,6 +192,12 @@ def _ray_cases(size, recipe):
         weights = torch.rand(R, S, device=device) ** 4 + 0.01  # no weight so small that rounding moves samples
         return dict(edges=edges, weights=weights, n=n, jitter=torch.rand(R, device=device))
 
+    def approaching(device, dtype):
+        """Surfaces that rays approach slowly: all intervals have weights so large that rounding moves no samples."""
+        edges = torch.arange(S + 1, device=device) + torch.rand(R, S + 1, device=device)
+        sdf = 0.5 - 2 * edges[:, :-1] / (S + 1) + 0.02 * torch.rand(R, S, device=device)
+        return dict(edges=edges, sdf=sdf, inv_s=3.0, n=n, jitter=torch.rand(R, device=device))
+
     def two_lists(device, dtype):
         edges, new_edges = (torch.rand(R, k + 1, device=device).sort(dim=1).values for k in (S, n))
         return dict(edges=edges, new_edges=new_edges)
@@ -200,6 +206,7 @@ def _ray_cases(size, recipe):
     yield from _each("fp32", "stratified_edges", size, stratified_edges, stratified_edges_ref, ends)
     yield from _each("fp32", "sample_pdf", size, sample_pdf, sample_pdf_ref, weighted)
     yield from _each("fp32", "resample", size, resample, resample_ref, weighted)
+    yield from _each("fp32", "neus_resample", size, neus_resample, neus_resample_ref, approaching)
     yield from _each("fp32", "merge", size, merge, merge_ref, two_lists)
 
     def at_points(device, dtype):
@@ -227,16 +234,12 @@ def _ray_cases(size, recipe):
     def volsdf(device, dtype):
         return sdf_and_deltas(device, dtype) | dict(beta=torch.tensor([0.1], device=device).to(dtype))
 
-    def interval(device, dtype):
-        return sdf_and_deltas(device, dtype) | dict(inv_s=64.0)
-
     def sdf_only(device, dtype):
         return dict(sdf=sdf_and_deltas(device, dtype)["sdf"])
 
     wrt = ("sdf", "gradient", "inv_s")
     yield from _each("fp32 bf16", "neus_alpha", size, neus_alpha, neus_alpha_ref, neus, wrt)
     yield from _each("fp32 bf16", "volsdf_alpha", size, volsdf_alpha, volsdf_alpha_ref, volsdf, ("sdf", "beta"))
-    yield from _each("fp32", "interval_alpha", size, interval_alpha, interval_alpha_ref, interval)
     # it has no kernel, being plain PyTorch on every device: so it is its own reference
     yield from _each("fp32", "unisurf_alpha", size, unisurf_alpha, unisurf_alpha, sdf_only, ("sdf",))
 

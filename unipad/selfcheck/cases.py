@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from unipad.kernels.composite import composite, composite_ref
+from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref
 from unipad.kernels.lift import lift, lift_ref
 from unipad.kernels.ray_sample import (
     clip_rays,
@@ -247,6 +248,13 @@ def _ray_cases(size, recipe):
         alpha, values = torch.rand(R, S + n, device=device), torch.randn(R, S + n, 4, device=device)
         return dict(alpha=alpha.to(dtype), values=values.to(dtype))
 
+    def rendered_depths(device, dtype):
+        edges = 0.5 + torch.rand(R, S + n + 1, device=device).sort(dim=1).values
+        volume_idx, hit = torch.randint(2, (R,), device=device, dtype=torch.int32), torch.rand(R, device=device) < 0.8
+        depth = 2 * torch.rand(R, device=device)  # some are out of range
+        return dict(depth=depth, edges=edges, volume_idx=volume_idx, hit=hit, B=2, scale=1 / 54)
+
+    yield from _each("fp32", "depth_in_range", size, depth_in_range, depth_in_range_ref, rendered_depths, ("depth",))
     yield from _each("fp32 fp16 bf16", "composite", size, composite, composite_ref, samples, ("alpha", "values"))
 
 

@@ -1,9 +1,13 @@
-"""composite: kernel, reference, and UniPAD's formula in eager PyTorch.   python -m benchmarks.bench_composite"""
+"""composite: kernel, reference, and UniPAD's formula in eager PyTorch.   python -m benchmarks.bench_composite
+
+Also depth_in_range, which clamps the composited depth: kernels and reference.
+"""
 
 import torch
 
 from benchmarks.harness import DEVICE, Case, compare
 from unipad.kernels.composite import EPS, composite, composite_ref
+from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref
 
 # Rays, samples of each, channels composited. UniPAD: 6 cameras x 512 rays, 72 + 24 samples, RGB and depth; then more
 # channels, then more rays. On a CPU first about the tiny preset's sizes (6 x 64 rays, 40 + 16 samples)
@@ -26,6 +30,19 @@ def eager(alpha, values):
     return (weights[..., None] * values).sum(dim=1), weights
 
 
+def depth_case(R, S, B=1):
+    edges = torch.rand(R, S + 1, device=DEVICE).sort(dim=1).values
+    depth, hit = torch.rand(R, device=DEVICE, requires_grad=True), torch.ones(R, device=DEVICE, dtype=torch.bool)
+    volume_idx = torch.randint(B, (R,), device=DEVICE, dtype=torch.int32)
+    # read depth, index, hit (1 byte) and two edges of each ray; write depth, its slope (for the backward) and of_volume
+    moved = 4 * R * (1 + 1 + 2 + 1 + 1 + B) + R
+    return Case(name=f"R={R} B={B}", inputs=(depth, edges, volume_idx, hit, B, 1 / 54), fwd_bytes=moved)
+
+
 if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
     compare("composite", composite_ref, composite, {"eager": eager}, [case(*size) for size in sizes])
+    cases = [
+        depth_case(R, S, B) for B, (R, S, _) in zip((1, 4), sizes[::2] if DEVICE == "cuda" else sizes, strict=True)
+    ]
+    compare("depth_in_range", depth_in_range_ref, depth_in_range, {}, cases)

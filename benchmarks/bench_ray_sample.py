@@ -7,14 +7,16 @@ from benchmarks.harness import DEVICE, Case, compare, compiled
 from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
+    neus_resample,
+    neus_resample_ref,
     resample,
     resample_ref,
     stratified_edges,
     stratified_edges_ref,
 )
 
-# Rays, samples of each, new samples (of `resample` only). UniPAD: 6 cameras x 512 rays, 72 + 24; on a CPU first about
-# the tiny preset's sizes: 6 x 64 rays, 40 + 16
+# Rays, samples of each, new samples (of the last two ops only). UniPAD: 6 cameras x 512 rays, 72 + 24; on a CPU first
+# about the tiny preset's sizes: 6 x 64 rays, 40 + 16
 GPU_SIZES = [(3072, 72, 24), (24576, 72, 24), (24576, 128, 128)]
 CPU_SIZES = [(384, 48, 16), (3072, 72, 24)]
 
@@ -42,6 +44,15 @@ def resample_case(R, S, n):
     return Case(name=f"R={R} S={S} n={n}", inputs=inputs, fwd_bytes=4 * R * (2 * S + 2 + S + n + 1))
 
 
+def neus_case(R, S, n):
+    edges = torch.arange(S + 1, device=DEVICE) + torch.rand(R, S + 1, device=DEVICE)
+    # a surface that rays approach slowly: no weight so small that rounding moves samples
+    sdf = 0.5 - 2 * edges[:, :-1] / (S + 1) + 0.02 * torch.rand(R, S, device=DEVICE)
+    inputs = (edges, sdf, 3.0, n, torch.rand(R, device=DEVICE))
+    # as `resample_case`, with signed distances in place of weights
+    return Case(name=f"R={R} S={S} n={n}", inputs=inputs, fwd_bytes=4 * R * (2 * S + 2 + S + n + 1))
+
+
 def peers(reference):
     return {"compiled": compiled(reference)} if DEVICE == "cuda" else {}
 
@@ -52,3 +63,5 @@ if __name__ == "__main__":
     cases = [edges_case(R, S) for R, S, _ in sizes[:2]]
     compare("stratified_edges", stratified_edges_ref, stratified_edges, peers(stratified_edges_ref), cases)
     compare("resample", resample_ref, resample, peers(resample_ref), [resample_case(*size) for size in sizes])
+    cases = [neus_case(*size) for size in sizes]
+    compare("neus_resample", neus_resample_ref, neus_resample, peers(neus_resample_ref), cases)

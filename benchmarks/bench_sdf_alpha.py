@@ -5,8 +5,6 @@ import torch.nn.functional as F
 
 from benchmarks.harness import DEVICE, Case, compare, compiled
 from unipad.kernels.sdf_alpha import (
-    interval_alpha,
-    interval_alpha_ref,
     neus_alpha,
     neus_alpha_ref,
     volsdf_alpha,
@@ -35,12 +33,6 @@ def neus_case(R, S):
     return Case(name=f"R={R} S={S}", inputs=inputs, fwd_bytes=4 * R * (6 * S + 3))
 
 
-def interval_case(R, S):
-    inv_s = 64.0  # as NeuS's sampler sets it, see INV_S of unipad/model/samplers.py
-    # numbers per sample: SDF, delta, opacity
-    return Case(name=f"R={R} S={S}", inputs=(*sdf_and_deltas(R, S), inv_s), fwd_bytes=4 * R * 3 * S)
-
-
 def volsdf_case(R, S):
     sdf, deltas = sdf_and_deltas(R, S)
     beta = torch.full((1,), 0.1, device=DEVICE)
@@ -53,7 +45,6 @@ if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
     for reference, op, case in [
         (neus_alpha_ref, neus_alpha, neus_case),
-        (interval_alpha_ref, interval_alpha, interval_case),
         (volsdf_alpha_ref, volsdf_alpha, volsdf_case),
     ]:
         peers = {"compiled": compiled(reference)} if DEVICE == "cuda" else {}

@@ -9,6 +9,8 @@ every parameter.
     triton, unfused the same renderer, op by op (GPU); "unfused" on a CPU, which has no fused op
     compiled        the reference under torch.compile, or the error that it raises
 
+Before it, `pack`, which makes the matrices that the fused op reads: kernel and reference.
+
 Only what agrees with the reference to AGREE is timed; `benchmarks.bench_render`, which defines it, explains its value.
 """
 
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 from benchmarks.bench_render import AGREE
 from benchmarks.eager import EagerRenderer
 from benchmarks.harness import DEVICE, Case, compare, compiled
+from unipad.kernels.sdf_pack import pack, pack_ref
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 from unipad.recipes import PRETRAIN
@@ -52,6 +55,15 @@ def case(R):
     return Case(name, (renderer, volume.requires_grad_(), rays, jitter, parameters), moved)
 
 
+def pack_case():
+    cfg = PRETRAIN["camera"]["camera-0.1"].render
+    field = Renderer(cfg, PRETRAIN["camera"]["camera-0.1"].grid).to(DEVICE).field
+    mlps = field.sdf_decoder.tensors(), field.rgb_decoder.tensors()
+    # read the parameters, write the packed matrices
+    moved = sum(t.nbytes for t in (*mlps[0], *mlps[1], *pack_ref(*mlps, cfg.channels)))
+    return Case(f"C={cfg.channels} H={cfg.hidden}", (*mlps, cfg.channels), moved)
+
+
 def render(renderer, volume, rays, jitter, parameters):
     """Color and depth. `compare` computes the gradients of all inputs, so `parameters` is one of them."""
     rendered = renderer(volume, rays, jitter)
@@ -76,6 +88,7 @@ def eager(renderer, *inputs):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    compare("pack", pack_ref, pack, {}, [pack_case()])
     cases = [case(R) for R in RAYS]
     gpu_peers = {"triton, unfused": unfused, "triton, exact": exact}
     peers = gpu_peers if DEVICE == "cuda" else {"unfused": unfused}

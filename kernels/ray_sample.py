@@ -2,7 +2,8 @@
 
     clip:        t = (face - origin) / (direction + 1e-6) for six faces; from the last entry to the first exit
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
-    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), the CDF linear in each interval; merged with the old edges
+    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), the CDF linear in each interval; merged with the old edges;
+                 by given weights, or by NeuS's: of `composite`, with the opacities of `interval_alpha`
 
 An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample lies at its
 start and extends to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.composite import composite_ref
+from unipad.kernels.sdf_alpha import interval_alpha, sigmoid
 
 
 @torch.no_grad()
@@ -141,7 +144,7 @@ def sample_pdf(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = N
     _check(edges, weights, n, jitter)
     if not on_triton(edges):
         return sample_pdf_ref(edges, weights, n, jitter)
-    return _resample(edges, weights, n, jitter, merge=False)
+    return _resample(edges, weights, n, jitter, MERGE=False)
 
 
 @torch.no_grad()
@@ -208,7 +211,7 @@ def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = Non
     _check(edges, weights, n, jitter)
     if not on_triton(edges):
         return resample_ref(edges, weights, n, jitter)
-    return _resample(edges, weights, n, jitter, merge=True)
+    return _resample(edges, weights, n, jitter)
 
 
 @torch.no_grad()
@@ -217,9 +220,38 @@ def resample_ref(edges, weights, n, jitter=None):
     return merge_ref(edges, sample_pdf_ref(edges, weights, n, jitter))[0]
 
 
-def _check(edges, weights, n, jitter):
+@torch.no_grad()
+def neus_resample(edges: Tensor, sdf: Tensor, inv_s: float, n: int, jitter: Tensor | None = None) -> Tensor:
+    """`resample` by NeuS's weights, in one launch: those of `composite` for the opacities of `interval_alpha`.
+
+    Args:
+        edges:  [R, S + 1] ascending, S at least 1.
+        sdf:    [R, S] signed distance at the starts, in the unit of `edges`.
+        inv_s:  fixed inverse scale of the logistic distribution (64 in the original).
+        n, jitter: as for `sample_pdf`.
+
+    Returns:
+        merged: [R, S + n + 1] ascending.
+
+    The kernel does not round weights to the type of `sdf`. Raises AssertionError if shapes do not match.
+    """
+    _check(edges, sdf, n, jitter, name="sdf")
+    if not on_triton(edges):
+        return neus_resample_ref(edges, sdf, inv_s, n, jitter)
+    return _resample(edges, sdf, n, jitter, NEUS=True, inv_s=float(inv_s))
+
+
+@torch.no_grad()
+def neus_resample_ref(edges, sdf, inv_s, n, jitter=None):
+    """`neus_resample` in plain PyTorch."""
+    alpha = interval_alpha(sdf, edges.diff(dim=1), inv_s)
+    _, weights = composite_ref(alpha, alpha[..., None])  # the composited values, here alpha again, do not matter
+    return resample_ref(edges, weights, n, jitter)
+
+
+def _check(edges, weights, n, jitter, name="weights"):
     fits = weights.dim() == 2 and weights.shape[1] >= 1 and edges.shape == (len(weights), weights.shape[1] + 1)
-    assert fits, f"edges {tuple(edges.shape)} do not match weights {tuple(weights.shape)}: [R, S + 1] and [R, S], S > 0"
+    assert fits, f"edges {tuple(edges.shape)} do not match {name} {tuple(weights.shape)}: [R, S + 1] and [R, S], S > 0"
     assert n >= 0, f"cannot draw {n} samples"
     _check_jitter(jitter, len(weights))
 
@@ -229,15 +261,16 @@ def _check_jitter(jitter, R):
     assert fits, f"jitter {tuple(jitter.shape)} does not match {R} rays: one number each"
 
 
-def _resample(edges, weights, n, jitter, merge):
+def _resample(edges, weights, n, jitter, MERGE=True, NEUS=False, inv_s=0.0):
+    """weights: with NEUS, signed distances."""
     R, S = weights.shape
-    out = edges.new_empty(R, (S if merge else 0) + n + 1)
+    out = edges.new_empty(R, (S if MERGE else 0) + n + 1)
     if R:
         jitter = edges.new_full((R,), 0.5) if jitter is None else jitter.contiguous()
         block_r, block_n = _tile(n)
         _resample_kernel[(triton.cdiv(R, block_r),)](
             edges_ptr=edges.contiguous(), weights_ptr=weights.contiguous(), jitter_ptr=jitter, out_ptr=out,
-            R=R, S=S, N=n, MERGE=merge, BLOCK_R=block_r, BLOCK_N=block_n,
+            R=R, S=S, N=n, inv_s=inv_s, MERGE=MERGE, NEUS=NEUS, BLOCK_R=block_r, BLOCK_N=block_n,
         )  # fmt: skip
     return out
 
@@ -301,12 +334,34 @@ def _stratified_edges_kernel(
     tl.store(edges_ptr + i, near + s / S * (far - near), mask=r_ok)
 
 
+@triton.jit
+def _weight(ptr, s, S, r_ok, delta, state, inv_s, NEUS: tl.constexpr, acc_ty: tl.constexpr):
+    """Weight of interval s of each ray, and the state with which to call this for the next one.
+
+    ptr: where the rays' weights begin; with NEUS, signed distances, from which weights are computed as by
+        `interval_alpha` and `composite`. state: signed distance at the interval's start, slope of the interval before
+        it, transmittance up to it; before the first interval 0 and 1.
+    """
+    if NEUS:
+        sdf, slope_before, trans = state
+        # the last interval ends where no distance is known: its weight is 0
+        sdf_after = tl.load(ptr + tl.minimum(s + 1, S - 1), mask=r_ok, other=0.0).to(acc_ty)
+        slope = (sdf_after - sdf) / (delta + 1e-5)
+        half = tl.minimum(tl.maximum(tl.minimum(slope, slope_before), -1000.0), 0.0) * delta / 2
+        middle = (sdf + sdf_after) / 2
+        prev_cdf, next_cdf = sigmoid((middle - half) * inv_s), sigmoid((middle + half) * inv_s)
+        alpha = tl.where(s < S - 1, (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), 0.0)
+        return trans * alpha, (sdf_after, slope, trans * (1.0 - alpha + 1e-7))
+    else:
+        return tl.load(ptr + s, mask=r_ok, other=0.0).to(acc_ty), state
+
+
 @jit(varying=("R",))
 def _resample_kernel(
-    edges_ptr, weights_ptr, jitter_ptr,  # [R, S + 1], [R, S], [R]
+    edges_ptr, weights_ptr, jitter_ptr,  # [R, S + 1], [R, S] (with NEUS, signed distances), [R]
     out_ptr,  # [R, N + 1]; with MERGE [R, S + N + 1]
-    R, S, N,
-    MERGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    R, S, N, inv_s,  # inv_s: read with NEUS only
+    MERGE: tl.constexpr, NEUS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     acc_ty: tl.constexpr = tl.float64 if edges_ptr.dtype.element_ty == tl.float64 else tl.float32
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
@@ -314,9 +369,18 @@ def _resample_kernel(
     r_ok = r < R
     out_row = out_ptr + r * (N + 1 + (S if MERGE else 0))  # [BLOCK_R]
 
+    edges_ptr += r * (S + 1)
+    weights_ptr += r * S
+    first = tl.load(edges_ptr, mask=r_ok, other=0.0).to(acc_ty)
+    zeros = tl.zeros((BLOCK_R,), acc_ty)
+    begin = (tl.load(weights_ptr, mask=r_ok, other=0.0).to(acc_ty), zeros, zeros + 1.0)
     total = tl.zeros((BLOCK_R,), tl.float64)
-    for s in range(S):
-        total += tl.load(weights_ptr + r * S + s, mask=r_ok, other=0.0).to(tl.float64)
+    state, low = begin, first
+    for s in range(S):  # weights are not stored: with NEUS the second loop computes them again
+        high = tl.load(edges_ptr + s + 1, mask=r_ok, other=0.0).to(acc_ty)
+        weight, state = _weight(weights_ptr, s, S, r_ok, high - low, state, inv_s, NEUS, acc_ty)
+        total += weight.to(tl.float64)
+        low = high
     total = total.to(acc_ty)
     pad = tl.maximum(1e-5 - total, 0.0)
     total += pad
@@ -327,15 +391,15 @@ def _resample_kernel(
     rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)  # index of each new start in the merged list
     mass = tl.zeros((BLOCK_R,), tl.float64)
     cdf = tl.zeros((BLOCK_R,), acc_ty)
-    low = tl.load(edges_ptr + r * (S + 1), mask=r_ok, other=0.0).to(acc_ty)
+    state, low = begin, first
     for s in range(S):
         if MERGE:  # a new start that is still inf comes after this old one
             before = (new < low[:, None]) & (j < N)
             tl.store(out_row + s + tl.sum(before.to(tl.int32), axis=1), low, mask=r_ok)
             rank += (low[:, None] <= new).to(tl.int32)
-        weight = tl.load(weights_ptr + r * S + s, mask=r_ok, other=0.0).to(acc_ty) + pad / S
-        mass += (weight / total).to(tl.float64)
-        high = tl.load(edges_ptr + r * (S + 1) + s + 1, mask=r_ok, other=0.0).to(acc_ty)
+        high = tl.load(edges_ptr + s + 1, mask=r_ok, other=0.0).to(acc_ty)
+        weight, state = _weight(weights_ptr, s, S, r_ok, high - low, state, inv_s, NEUS, acc_ty)
+        mass += ((weight + pad / S) / total).to(tl.float64)
         next_cdf = tl.minimum(mass.to(acc_ty), 1.0)
         interval_mass = next_cdf - cdf
         t = (u - cdf[:, None]) / tl.where(interval_mass < 1e-5, 1.0, interval_mass)[:, None]

@@ -108,24 +108,8 @@ def interval_alpha(sdf: Tensor, deltas: Tensor, inv_s: float) -> Tensor:
     Returns:
         alpha: [R, S]; the last column is 0, since S samples have S - 1 intervals between them.
 
-    Not differentiable. Raises AssertionError if shapes do not match.
+    Not differentiable. Plain PyTorch: on a GPU, `neus_resample` of ray_sample.py computes it inside its kernel.
     """
-    _check(sdf, deltas)
-    assert sdf.shape[1] >= 1, f"sdf {tuple(sdf.shape)} has no samples"
-    if not on_triton(sdf):
-        return interval_alpha_ref(sdf, deltas, inv_s)
-    sdf, (R, S) = sdf.contiguous(), sdf.shape
-    alpha = torch.empty_like(sdf)
-    if sdf.numel():
-        _interval_alpha_kernel[_grid(sdf)](
-            sdf_ptr=sdf, deltas_ptr=deltas.contiguous(), alpha_ptr=alpha, R=R, S=S, inv_s=float(inv_s), BLOCK=BLOCK
-        )
-    return alpha
-
-
-@torch.no_grad()
-def interval_alpha_ref(sdf, deltas, inv_s):
-    """`interval_alpha` in plain PyTorch."""
     deltas = deltas[:, :-1]
     slope = sdf.diff(dim=1) / (deltas + 1e-5)  # [R, S - 1]
     slope = torch.minimum(slope, F.pad(slope[:, :-1], (1, 0))).clip(-1000, 0)
@@ -287,33 +271,6 @@ def _neus_alpha_bwd_kernel(
     tl.store(d_gradient_ptr + 3 * i + 1, d_offset * half_y, mask=ok)
     tl.store(d_gradient_ptr + 3 * i + 2, d_offset * half_z, mask=ok)
     tl.store(d_inv_s_ptr + tl.program_id(0), tl.sum(prev_sdf * a + next_sdf * b, axis=0))
-
-
-@jit(varying=("R",))
-def _interval_alpha_kernel(
-    sdf_ptr, deltas_ptr,  # [R, S], [R, S]
-    alpha_ptr,  # [R, S]
-    R, S, inv_s,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    acc_ty: tl.constexpr = tl.float64 if sdf_ptr.dtype.element_ty == tl.float64 else tl.float32
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    s = i % S
-    ok = i // S < R
-    interval_ok, before_ok = ok & (s < S - 1), ok & (s > 0)  # whether the interval and the one before it exist
-
-    sdf_before = tl.load(sdf_ptr + i - 1, mask=before_ok, other=0.0).to(acc_ty)
-    sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
-    sdf_after = tl.load(sdf_ptr + i + 1, mask=interval_ok, other=0.0).to(acc_ty)
-    delta_before = tl.load(deltas_ptr + i - 1, mask=before_ok, other=0.0).to(acc_ty)
-    delta = tl.load(deltas_ptr + i, mask=interval_ok, other=0.0).to(acc_ty)
-    slope_before = tl.where(before_ok, (sdf - sdf_before) / (delta_before + 1e-5), 0.0)
-    slope = tl.minimum((sdf_after - sdf) / (delta + 1e-5), slope_before)
-    half = tl.minimum(tl.maximum(slope, -1000.0), 0.0) * delta / 2
-    middle = (sdf + sdf_after) / 2
-    prev_cdf, next_cdf = sigmoid((middle - half) * inv_s), sigmoid((middle + half) * inv_s)
-    alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
-    tl.store(alpha_ptr + i, tl.where(interval_ok, alpha, 0.0), mask=ok)
 
 
 @jit(varying=("R",))

@@ -206,7 +206,7 @@ class SdfRender(torch.autograd.Function):
     def forward(ctx, volume, sdf_mlp, rgb_mlp, density_param, ray_tensors, options, stop):
         edges = ray_tensors["edges_ptr"]
         R, S = len(edges), edges.shape[1] - 1
-        rgb = edges.new_zeros(R, 3)
+        rgb = edges.new_empty(R, 3) if options["RGB_LAYERS"] else edges.new_zeros(R, 3)
         new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all samples up to where it stops
         saved = dict(
             volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, rgb_mlp_ptr=rgb_mlp, density_param_ptr=density_param, **ray_tensors,
@@ -224,6 +224,7 @@ class SdfRender(torch.autograd.Function):
             )  # fmt: skip
         ctx.options, ctx.names = options, tuple(saved)
         ctx.save_for_backward(*saved.values())
+        ctx.set_materialize_grads(False)
         return rgb, saved["depth_ptr"], saved["weights_ptr"], saved["sdf_ptr"], saved["gradient_ptr"]
 
     @staticmethod
@@ -237,6 +238,9 @@ class SdfRender(torch.autograd.Function):
             up_sdf_ptr=d_sdf,
             up_gradient_ptr=d_gradient,
         )
+        if any(up is None for up in upstream.values()):  # of outputs that no loss reads: they share the largest zeros
+            zeros = torch.zeros_like(saved["gradient_ptr"])
+            upstream = {name: zeros if up is None else up for name, up in upstream.items()}
         return *render_bwd(saved, upstream, ctx.options), None, None, None
 
 

@@ -8,6 +8,8 @@ from unipad.kernels.ray_sample import (
     clip_rays_ref,
     merge,
     merge_ref,
+    neus_resample,
+    neus_resample_ref,
     resample,
     resample_ref,
     sample_pdf,
@@ -20,8 +22,9 @@ LAUNCHES = [
     Launch("_clip_rays_kernel", dict(BLOCK=512), types={"hit_ptr": "*i1"}, registers=40),
     Launch("_stratified_edges_kernel", dict(JITTER=False, BLOCK=512), registers=40),
     Launch("_stratified_edges_kernel", dict(JITTER=True, BLOCK=512), registers=40),
-    Launch("_resample_kernel", dict(MERGE=False, BLOCK_R=4, BLOCK_N=64), registers=40, shared=32),
-    Launch("_resample_kernel", dict(MERGE=True, BLOCK_R=8, BLOCK_N=32), registers=64, shared=2048),
+    Launch("_resample_kernel", dict(MERGE=True, NEUS=True, BLOCK_R=8, BLOCK_N=32), registers=64, shared=2048),
+    Launch("_resample_kernel", dict(MERGE=True, NEUS=False, BLOCK_R=8, BLOCK_N=32), registers=64, shared=2048),
+    Launch("_resample_kernel", dict(MERGE=False, NEUS=False, BLOCK_R=4, BLOCK_N=64), registers=40, shared=32),
     Launch("_merge_kernel", dict(BLOCK_R=4, BLOCK_N=64), types={"order_idx_ptr": "*i64"}, registers=48, shared=2048),
 ]
 
@@ -142,6 +145,60 @@ def test_resample_matches_reference(R, S, n, jittered, dtype, device):
     check_against_ref(resample, resample_ref, resample_inputs(R, S, n, jittered, device), dtype, wrt=[])
 
 
+def neus_inputs(R, S, n, jittered, device):
+    """Arguments of `neus_resample`: surfaces that rays approach slowly, so that no interval has almost no weight, where
+    rounding would move samples. The SDF is cast to the tested type; edges and jitter are geometry and stay fp32.
+    """
+    edges = (torch.arange(S + 1, device=device) + uniform(R, S + 1, device=device)).float()
+    sdf = 0.5 - 2 * edges[:, :-1].double() / (S + 1) + 0.02 * uniform(R, S, device=device)
+    jitter = uniform(R, device=device).float() if jittered else None
+    return dict(edges=edges, sdf=sdf, inv_s=3.0, n=n, jitter=jitter)
+
+
+@DTYPES
+@JITTERED
+@SHAPES
+def test_neus_resample_matches_reference(R, S, n, jittered, dtype, device):
+    check_against_ref(neus_resample, neus_resample_ref, neus_inputs(R, S, n, jittered, device), dtype, wrt=[])
+
+
+def test_neus_resample_matches_reference_at_recipe_size(device):
+    """72 stratified samples at the sampler's inverse scale of 64, in fp64: distances of a sphere along rays through it.
+
+    In fp32, rounding would move the samples in front of the sphere, where intervals have almost no weight.
+    """
+    edges = (0.1 + torch.linspace(0, 2, 73, device=device, dtype=torch.float64)).repeat(5, 1)
+    closest = torch.linspace(0, 0.4, 5, device=device, dtype=torch.float64)[:, None]  # of each ray to the center
+    sdf = ((edges[:, :-1] - 1.2).square() + closest.square()).sqrt() - 0.5
+    inputs = dict(edges=edges, sdf=sdf, inv_s=64.0, n=24, jitter=torch.linspace(0, 0.9, 5, device=device).double())
+    torch.testing.assert_close(neus_resample(**inputs), neus_resample_ref(**inputs), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("fn", [neus_resample, neus_resample_ref])
+def test_neus_resample_by_hand(fn, device):
+    """SDF 1, 0, 1, -3 at unit distances and inverse scale ln 3: the opacities of `test_interval_alpha_by_hand`.
+
+    About 1/3, 1/3, 20/21 and 0 (e = 1e-5 and 1e-7 neglected): weights 1/3, 2/9, 80/189 and 0, which sum to 185/189.
+    One new sample, at the CDF values 1/4 and 3/4: in the first interval, and in the third.
+    """
+    edges = torch.tensor([[0.0, 1, 2, 3, 4]], device=device, dtype=torch.float64)
+    sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
+    merged = fn(edges, sdf, inv_s=torch.tensor(3.0).log().item(), n=1)
+    start = (1 / 4) * (185 / 189) / (1 / 3)
+    torch.testing.assert_close(merged, edges.new_tensor([[0, start, 1, 2, 3, 4]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("fn", [neus_resample, neus_resample_ref])
+def test_neus_resample_on_rays_of_one_sample_and_between_coincident_edges(fn, device):
+    """One sample has no interval with a known slope, so its weight is 0 and is padded: samples spread evenly."""
+    edges, sdf = torch.tensor([[0.0, 4.0]], device=device), torch.tensor([[0.3]], device=device)
+    assert fn(edges, sdf, inv_s=64.0, n=1).tolist() == [[0, 1, 4]]
+    # the SDF jumps in an interval of length 0: finite, and the interval behind inherits its slope and all of the weight
+    edges = torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0]], device=device)
+    merged = fn(edges, torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device), inv_s=64.0, n=1)
+    torch.testing.assert_close(merged, merged.new_tensor([[0, 0, 0.25, 1, 2, 3]]), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("sample_op, resample_op", [(sample_pdf, resample), (sample_pdf_ref, resample_ref)])
 def test_resample_by_hand(sample_op, resample_op, device):
     """Weights 1, 0, 1: the CDF is 0, 1/2, 1/2, 1 at the edges. One new sample: its start and its end are drawn."""
@@ -212,3 +269,8 @@ def test_merge_by_hand(fn, device):
 def test_rejects_mismatched_shapes(fn, device):
     with pytest.raises(AssertionError, match="do not match"):
         fn(edges=torch.rand(2, 4, device=device), weights=torch.rand(2, 4, device=device), n=3)
+
+
+def test_neus_resample_rejects_mismatched_shapes(device):
+    with pytest.raises(AssertionError, match=r"do not match sdf \(2, 4\)"):
+        neus_resample(torch.rand(2, 4, device=device), torch.rand(2, 4, device=device), inv_s=64.0, n=3)

@@ -7,7 +7,6 @@ from tests.ahead_of_time import Launch
 from tests.check import check_against_ref
 from unipad.kernels.sdf_alpha import (
     interval_alpha,
-    interval_alpha_ref,
     laplace_density,
     neus_alpha,
     neus_alpha_ref,
@@ -19,7 +18,6 @@ from unipad.kernels.sdf_alpha import (
 LAUNCHES = [  # checked by tests/test_compiles.py
     Launch("_neus_alpha_fwd_kernel", dict(BLOCK=512), registers=40),
     Launch("_neus_alpha_bwd_kernel", dict(BLOCK=512), types={"d_inv_s_ptr": "*fp32"}, registers=64, shared=2048),
-    Launch("_interval_alpha_kernel", dict(BLOCK=512), registers=56),
     Launch("_volsdf_alpha_fwd_kernel", dict(BLOCK=512), registers=40),
     Launch("_volsdf_alpha_bwd_kernel", dict(BLOCK=512), types={"d_beta_ptr": "*fp32"}, registers=40, shared=16),
 ]
@@ -72,13 +70,6 @@ def test_neus_alpha_matches_reference(R, S, dtype, device):
 
 @DTYPES
 @SHAPES
-def test_interval_alpha_matches_reference(R, S, dtype, device):
-    inputs = dict(sdf=normal(R, S, device=device), deltas=normal(R, S, device=device).abs(), inv_s=64.0)
-    check_against_ref(interval_alpha, interval_alpha_ref, inputs, dtype, wrt=[], magnitude=MAGNITUDE)
-
-
-@DTYPES
-@SHAPES
 def test_volsdf_alpha_matches_reference(R, S, dtype, device):
     check_against_ref(
         volsdf_alpha, volsdf_alpha_ref, volsdf_inputs(R, S, device), dtype, wrt=["sdf", "beta"], magnitude=MAGNITUDE
@@ -106,22 +97,20 @@ def test_neus_alpha_by_hand(fn, device):
     torch.testing.assert_close(alpha, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
-def test_interval_alpha_by_hand(fn, device):
+def test_interval_alpha_by_hand(device):
     """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the smaller of each and its predecessor: -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
-    alpha = fn(sdf, torch.full_like(sdf, 1.0), inv_s=torch.tensor(3.0).log().item())
+    alpha = interval_alpha(sdf, torch.full_like(sdf, 1.0), inv_s=torch.tensor(3.0).log().item())
 
     # sigmoid of ln 3, 0 and -3 ln 3: 3/4, 1/2, 1/28
     by_hand = [0.25001 / 0.75001, 0.25001 / 0.75001, (3 / 4 - 1 / 28 + 1e-5) / 0.75001, 0]
     torch.testing.assert_close(alpha, sdf.new_tensor([by_hand]), rtol=2e-5, atol=0)  # slope = difference / (1 + 1e-5)
 
 
-@pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
-def test_interval_alpha_of_coincident_samples_is_finite(fn, device):
+def test_interval_alpha_of_coincident_samples_is_finite(device):
     """The SDF jumps in an interval of length 0: the slope is clipped to -1000, and the next interval inherits it."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
-    alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), inv_s=64.0)
+    alpha = interval_alpha(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), inv_s=64.0)
     torch.testing.assert_close(alpha[0, 0].item(), 1e-5 / 0.50001, rtol=1e-5, atol=0)
     torch.testing.assert_close(alpha[0, 1].item(), 1.0, rtol=1e-5, atol=0)
     assert alpha[0, 3] == 0

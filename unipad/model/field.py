@@ -4,6 +4,7 @@ This module has the parameters, under the original's names; `unipad.kernels.sdf_
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad.config import Grid, Render
@@ -75,7 +76,8 @@ class Field(nn.Module):
     @property
     def inv_s(self) -> Tensor:
         """[1] inverse scale (sharpness) of NeuS's logistic distribution, 1 / scaled meters."""
-        return torch.exp(10 * self.deviation_network["variance"]).clip(1e-6, 1e6)
+        # as clip(1e-6, 1e6), which has four more operators in its backward
+        return F.hardtanh(torch.exp(10 * self.deviation_network["variance"]), 1e-6, 1e6)
 
     @property
     def beta(self) -> Tensor:

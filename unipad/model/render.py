@@ -21,16 +21,15 @@ A ray that misses the volume renders black at depth 0 and does not count in any 
 of the batch is called a batch sample.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad import config
 from unipad.kernels.backend import on_triton
 from unipad.kernels.composite import composite
+from unipad.kernels.depth_range import depth_in_range, rows_of_volumes
 from unipad.kernels.ray_sample import clip_rays
 from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
 from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_values
@@ -121,9 +120,11 @@ class Renderer(nn.Module):
                 return self.field.sdf(volume, along(starts), rays.volume_idx)
 
             with torch.no_grad():
-                jitter = [None] * self.jitters if jitter is None else jitter.to(dtype).unbind(dim=1)
-                edges = self.sampler(self.cfg, sdf_at, near, far, jitter, self.field.beta)  # [R, S + 1]
-            starts, deltas = edges[:, :-1], edges.diff(dim=1)
+                # transposed once, since the samplers' ops take contiguous columns
+                jitter = [None] * self.jitters if jitter is None else jitter.to(dtype).t().contiguous().unbind()
+                beta = self.field.beta if self.cfg.method == "volsdf" else None
+                edges = self.sampler(self.cfg, sdf_at, near, far, jitter, beta)  # [R, S + 1]
+            starts = edges[:, :-1]
             if fused:
                 mlps = sdf_mlp, self.field.rgb_decoder.tensors() if self.cfg.rgb_weight > 0 else None
                 density_param = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
@@ -133,17 +134,14 @@ class Renderer(nn.Module):
                 )
             else:
                 sdf, gradient, color = self.field(volume, along(starts), directions, rays.volume_idx)
-                alpha = self._alpha(sdf, gradient, directions, deltas) * hit[:, None]
+                alpha = self._alpha(sdf, gradient, directions, edges.diff(dim=1)) * hit[:, None]
                 out, weights = composite(alpha, torch.cat([color, starts[..., None]], dim=-1))
                 rgb, depth = out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10)
 
             rgb = rgb if self.training else rgb.clamp(0, 1)
-            of_volume = _of_volume(rays.volume_idx, len(volume), dtype) * hit
-            depth = torch.where(hit, depth.clamp(*_range_of_volume(starts, of_volume, rays.volume_idx)), 0)
+            depth, of_volume = depth_in_range(depth, edges, rays.volume_idx, hit, len(volume), self.scale)
             points_sdf, points_of_volume = self._at_points(volume, points)
-        return Rendered(
-            rgb, depth / self.scale, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume
-        )
+        return Rendered(rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume)
 
     def loss(self, rendered: Rendered, rays: Rays) -> dict[str, Tensor]:
         """The weighted terms whose weight in the config is above 0: name -> scalar.
@@ -162,13 +160,18 @@ class Renderer(nn.Module):
         target_rays = hit_rays * (rays.depth > 0)  # [B, R] 1 or 0
         target = rays.depth[:, None] * self.scale  # [R, 1]
         sdf, starts, truncation = rendered.sdf, rendered.starts, cfg.truncation * self.scale
-        before = starts < target - truncation  # [R, S]
-        around = ~before & (starts <= target + truncation)  # [R, S]
+
+        def before():  # [R, S]
+            return starts < target - truncation
+
+        def around():  # [R, S]
+            return ~before() & (starts <= target + truncation)
+
         terms = {
             "rgb": lambda: _mean((rendered.rgb - rays.rgb).abs(), hit_rays),
             "depth": lambda: _mean((rendered.depth[:, None] * self.scale - target).abs(), target_rays),
-            "free_space": lambda: _mean((truncation - sdf).relu(), target_rays, before),
-            "sdf": lambda: _mean((starts + sdf - target).abs(), target_rays, around),
+            "free_space": lambda: _mean((truncation - sdf).relu(), target_rays, before()),
+            "sdf": lambda: _mean((starts + sdf - target).abs(), target_rays, around()),
             "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), hit_rays),
             "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_volume),
         }
@@ -198,28 +201,15 @@ class Renderer(nn.Module):
         position, volume_idx = points
         position = (position.to(volume.dtype) * self.scale)[:, None]  # [P, 1, 3]
         sdf = self.field.sdf(volume, position, volume_idx.clamp(min=0))[:, 0]  # index -1: computed, but not used
-        return sdf, _of_volume(volume_idx, len(volume), volume.dtype)
-
-
-def _of_volume(volume_idx, B, dtype):
-    """[B, R] 1 where the index is that of the batch sample. Sums over its rays or points are then matrix products: no
-    atomics, no sorting."""
-    return (volume_idx == torch.arange(B, device=volume_idx.device)[:, None]).to(dtype)
-
-
-def _range_of_volume(starts, of_volume, volume_idx):
-    """Smallest and largest start among the rays that hit the same volume, [R] each."""
-    same, volume_idx = of_volume.bool(), volume_idx.long()
-    low = torch.where(same, starts[:, 0], math.inf)  # [B, R]
-    high = torch.where(same, starts[:, -1], -math.inf)
-    low, high = F.pad(low, (0, 1), value=math.inf), F.pad(high, (0, 1), value=-math.inf)  # R may be 0
-    return low.amin(dim=1)[volume_idx], high.amax(dim=1)[volume_idx]
+        return sdf, rows_of_volumes(volume_idx, len(volume), volume.dtype)
 
 
 def _mean(value, of_volume, mask=None):
     """Mean of value [R, K] over each batch sample's rays (where mask [R, K], if given), then over the batch."""
+    K = value.shape[1]
     if mask is None:
-        count = of_volume.sum(dim=1) * value.shape[1]
+        count = of_volume.sum(dim=1) if K == 1 else of_volume.sum(dim=1) * K
     else:
         value, count = value * mask, of_volume @ mask.sum(dim=1).to(value.dtype)
-    return (of_volume @ value.sum(dim=1) / count.clamp(min=1)).mean()
+    of_ray = value.squeeze(1) if K == 1 else value.sum(dim=1)
+    return (of_volume @ of_ray / count.clamp(min=1)).mean()

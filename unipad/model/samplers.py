@@ -16,8 +16,8 @@ from torch import Tensor
 from unipad.config import Render
 from unipad.kernels.backend import to_host
 from unipad.kernels.composite import composite
-from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_edges
-from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
+from unipad.kernels.ray_sample import merge, neus_resample, sample_pdf, stratified_edges
+from unipad.kernels.sdf_alpha import laplace_density, unisurf_alpha
 
 INV_S = 64.0  # NeuS: fixed inverse scale of its first round of importance sampling, which is the only one here
 ERROR = 0.1  # VolSDF: bound on the opacity's error at which sampling stops (epsilon)
@@ -29,8 +29,7 @@ HALF_WIDTH = 0.05  # UniSurf: of the interval around the surface, as a fraction 
 def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
     """`samples` stratified over the ray, `importance` drawn from the NeuS weights of those at inverse scale INV_S."""
     edges = stratified_edges(near, far, cfg.samples, jitter[0])
-    alpha = interval_alpha(sdf_at(edges[:, :-1]), edges.diff(dim=1), INV_S)
-    return resample(edges, _weights(alpha), cfg.importance, jitter[1])  # `sample_pdf` and `merge` in one launch
+    return neus_resample(edges, sdf_at(edges[:, :-1]), INV_S, cfg.importance, jitter[1])
 
 
 def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:

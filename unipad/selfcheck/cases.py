@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from unipad.kernels.composite import composite, composite_ref
+from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref
 from unipad.kernels.lift import lift, lift_ref
 from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
     merge,
     merge_ref,
+    neus_resample,
+    neus_resample_ref,
     resample,
     resample_ref,
     sample_pdf,
@@ -33,8 +36,6 @@ from unipad.kernels.rotated_iou import (
     rotated_nms_ref,
 )
 from unipad.kernels.sdf_alpha import (
-    interval_alpha,
-    interval_alpha_ref,
     neus_alpha,
     neus_alpha_ref,
     unisurf_alpha,
@@ -192,6 +193,12 @@ def _ray_cases(size, recipe):
         weights = torch.rand(R, S, device=device) ** 4 + 0.01  # no weight so small that rounding moves samples
         return dict(edges=edges, weights=weights, n=n, jitter=torch.rand(R, device=device))
 
+    def approaching(device, dtype):
+        """Surfaces that rays approach slowly: all intervals have weights so large that rounding moves no samples."""
+        edges = torch.arange(S + 1, device=device) + torch.rand(R, S + 1, device=device)
+        sdf = 0.5 - 2 * edges[:, :-1] / (S + 1) + 0.02 * torch.rand(R, S, device=device)
+        return dict(edges=edges, sdf=sdf, inv_s=3.0, n=n, jitter=torch.rand(R, device=device))
+
     def two_lists(device, dtype):
         edges, new_edges = (torch.rand(R, k + 1, device=device).sort(dim=1).values for k in (S, n))
         return dict(edges=edges, new_edges=new_edges)
@@ -200,6 +207,7 @@ def _ray_cases(size, recipe):
     yield from _each("fp32", "stratified_edges", size, stratified_edges, stratified_edges_ref, ends)
     yield from _each("fp32", "sample_pdf", size, sample_pdf, sample_pdf_ref, weighted)
     yield from _each("fp32", "resample", size, resample, resample_ref, weighted)
+    yield from _each("fp32", "neus_resample", size, neus_resample, neus_resample_ref, approaching)
     yield from _each("fp32", "merge", size, merge, merge_ref, two_lists)
 
     def at_points(device, dtype):
@@ -227,16 +235,12 @@ def _ray_cases(size, recipe):
     def volsdf(device, dtype):
         return sdf_and_deltas(device, dtype) | dict(beta=torch.tensor([0.1], device=device).to(dtype))
 
-    def interval(device, dtype):
-        return sdf_and_deltas(device, dtype) | dict(inv_s=64.0)
-
     def sdf_only(device, dtype):
         return dict(sdf=sdf_and_deltas(device, dtype)["sdf"])
 
     wrt = ("sdf", "gradient", "inv_s")
     yield from _each("fp32 bf16", "neus_alpha", size, neus_alpha, neus_alpha_ref, neus, wrt)
     yield from _each("fp32 bf16", "volsdf_alpha", size, volsdf_alpha, volsdf_alpha_ref, volsdf, ("sdf", "beta"))
-    yield from _each("fp32", "interval_alpha", size, interval_alpha, interval_alpha_ref, interval)
     # it has no kernel, being plain PyTorch on every device: so it is its own reference
     yield from _each("fp32", "unisurf_alpha", size, unisurf_alpha, unisurf_alpha, sdf_only, ("sdf",))
 
@@ -244,6 +248,13 @@ def _ray_cases(size, recipe):
         alpha, values = torch.rand(R, S + n, device=device), torch.randn(R, S + n, 4, device=device)
         return dict(alpha=alpha.to(dtype), values=values.to(dtype))
 
+    def rendered_depths(device, dtype):
+        edges = 0.5 + torch.rand(R, S + n + 1, device=device).sort(dim=1).values
+        volume_idx, hit = torch.randint(2, (R,), device=device, dtype=torch.int32), torch.rand(R, device=device) < 0.8
+        depth = 2 * torch.rand(R, device=device)  # some are out of range
+        return dict(depth=depth, edges=edges, volume_idx=volume_idx, hit=hit, B=2, scale=1 / 54)
+
+    yield from _each("fp32", "depth_in_range", size, depth_in_range, depth_in_range_ref, rendered_depths, ("depth",))
     yield from _each("fp32 fp16 bf16", "composite", size, composite, composite_ref, samples, ("alpha", "values"))
 
 

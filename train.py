@@ -77,7 +77,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
-    compile: bool = False  # run parts of the model under torch.compile, which starts slowly; docs/recipes.md says when
+    compile: bool = False  # compile parts of the model by torch.compile; docs/recipes.md says which, and when it helps
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations; None: a third of the run; 0: no validation
     val_samples: int = 12  # held-out frames that a validation renders

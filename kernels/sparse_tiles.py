@@ -64,12 +64,16 @@ class NeighborTable:
 
     idx: [K, M] int32, the input row that each of M outputs reads at each of K kernel offsets; -1 for none.
 
-    The cache is freed with the table: keep the table while convolutions use it, and do not modify `idx`.
+    The cache is freed with `idx`: keep it while convolutions use it, and do not modify it.
     """
 
     def __init__(self, idx: Tensor):
-        self.idx, self.cache = idx.contiguous(), StreamCache()
+        self.idx = idx.contiguous()
         self._version = _version(self.idx)
+        # An attribute of the tensor: all that compiled code keeps for its backward are tensors.
+        version, cache = getattr(self.idx, "_layouts", (None, None))
+        self.cache = StreamCache() if cache is None or version != self._version else cache
+        self.idx._layouts = self._version, self.cache
         _tables.setdefault(id(self.idx), self)
 
     def __reduce__(self):

@@ -20,6 +20,7 @@ from unipad.compile import PARTS, compile_parts, parts_of, uncompiled
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.errors import UserError
+from unipad.kernels import sparse_reference
 from unipad.model.camera import Block
 from unipad.model.detect import Detector
 from unipad.model.norm import SyncedBatchNorm
@@ -114,13 +115,19 @@ def test_the_cases_have_every_part():
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
-def test_a_compiled_step_is_bit_equal(case, city):
-    """A part that cannot be one graph raises, since parts are compiled with `fullgraph`."""
+def test_a_compiled_step_is_bit_equal(case, city, monkeypatch):
+    """A part that cannot be one graph raises, since parts are compiled with `fullgraph`. In compiled steps too, layers
+    and their gradients share the layouts of neighbor tables."""
     model, recipe = CASES[case]
+    layouts, make = [], sparse_reference._chunk
+    monkeypatch.setattr(sparse_reference, "_chunk", lambda *args: layouts.append(None) or make(*args))
     eager, compiled = twins(model, recipe)
     assert eager.state_dict().keys() == compiled.state_dict().keys()
     for seed, batch in enumerate(batches_of(city, model, recipe)):
-        expected, result = step(eager, batch, seed), step(compiled, batch, seed)
+        expected, made = step(eager, batch, seed), len(layouts)
+        result = step(compiled, batch, seed)
+        assert len(layouts) == 2 * made
+        layouts.clear()
         assert expected.keys() == result.keys()
         assert [name for name in expected if not torch.equal(expected[name], result[name])] == []
     assert graphs() > 0 and not counters["graph_break"]
@@ -260,7 +267,7 @@ def launch(name, city, run, *flags, processes=1):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_compiled_run_resumes_an_eager_one_and_the_reverse(name, city, tmp_path):
     eager = launch(name, city, tmp_path / "eager", "--val-every", 0)
-    for first, second in ((["--compile"], []), ([], ["--compile"])):
+    for first, second in ((["--compile"], ["--no-compile"]), ([], ["--compile"])):
         run = tmp_path / ("first" if first else "second")
         launch(name, city, run, "--val-every", 0, "--stop-at", 2, *first)
         resumed = launch(name, city, run, "--val-every", 4, "--resume", run, *second)

@@ -5,17 +5,19 @@ part is compiled in place, so the names in a checkpoint stay the same. Parts are
 shapes share one compiled graph, recomputation (--checkpointing) goes block by block, and DistributedDataParallel
 reduces the gradients of one part while the next runs. Left out, and why:
 
-    building sparse tables                 sizes depend on the data: the host reads them (`make_tables`)
-    masks, augmentation, rays, dropout's   one `torch.Generator` per sample, which graphs cannot take
-    masks
-    lift, voxel_pool, trilinear and the    our kernels, not elementwise work: they run between the parts (on a CPU
-    renderer                               their references)
-    losses                                 the assignment runs on the host
-    single convolutions and linear layers  there is nothing to fuse: downsampling, simple depth head, branches of the
-                                           detection head
-    parts with a batch norm, if there are  their norms wait for each other's sums, and processes that compile at
-    several processes                      different sizes might order these sums differently
-    validation                             runs `uncompiled`: it would need graphs of its own, for a few frames
+    building sparse tables                sizes depend on the data, and the host reads them (`make_tables`); the sparse
+                                          convolutions themselves are opaque nodes in the graph of their encoder
+    masks, rays, dropout's masks          one `torch.Generator` per sample, which a graph cannot take
+    lift, voxel_pool, trilinear, the      our kernels (on a CPU, their references) run between the parts
+    renderer
+    losses                                the assignment of boxes runs on the host, the rest is small
+    single convolutions, linear layers    little to fuse: downsampling, simple depth head, detection head's branches
+    parts with a batch norm, if there     norms wait for the sums of all processes, and graphs compiled for different
+    are several processes                 sizes might ask for them in a different order
+    validation                            runs `uncompiled`: else it would compile graphs of its own, for a few frames
+
+A forward hook on a part is called as ever, one on a module inside it only if it was registered before the part first
+ran.
 """
 
 import contextlib
@@ -50,7 +52,8 @@ PARTS = {
     Unet: True,
     DecoderLayer: True,
 }
-# Graphs of one class: a ConvNeXt has up to four widths, each with and without drop path, gradients and fixed sizes.
+# The largest number of graphs for one class; above it, a step raises. A ConvNeXt has four widths, each with and without
+# drop path, gradients (frozen stages) and fixed sizes.
 MAX_GRAPHS = 64
 
 

@@ -1,226 +1,137 @@
-"""Host cost of parts of a training step: number of launches, and the time in Python between them.
+"""Host cost of the sparse encoder of lidar-0.075: number of launches, and the time in Python between them.
 
-    python -m benchmarks.count_launches            both parts
-    python -m benchmarks.count_launches sparse     the sparse encoder of lidar-0.075
-    python -m benchmarks.count_launches rendered   the renderer of camera-0.1, without the encoder: samples on rays,
-                                                   signed distances, resampling, rendering, losses and the backward
+    python -m benchmarks.count_launches
 
-Needs no GPU. Counted are launches of the project's kernels, and PyTorch's operators (on a GPU, one launch or more each)
-except views and allocations. Their number does not depend on the scene's size, so a small one is used, and Triton's
-interpreter. "neighbor tables" is the part that finds the neighbors of voxels, before the first convolution. Times
-are of the host code alone, or nearly: kernels are not run, and operators have almost nothing to process. So what Triton
-itself takes for a launch is not in them.
+Needs no GPU. Launches are counted in a dry run of a training step under autocast (benchmarks/dry_run.py): those of the
+project's kernels, and PyTorch's operators (on a GPU, one launch or more each) except views and allocations. Their
+number depends on the scene only where a size decides how a kernel is launched: it has the voxels of one nuScenes frame.
+"neighbor tables" is the part that finds the neighbors of voxels, before the first convolution.
+
+Times are of the host code alone, or nearly: kernels are not run, and operators have almost no voxels to process and few
+channels. Neither neighbor tables nor what is derived from them is made again.
 """
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
-import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import replace
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch import nn
 from triton.runtime.jit import KernelInterface
 
-from unipad.config import Grid
+from benchmarks.dry_run import CUDA, DryRun, backward, to_gpu
 from unipad.kernels import backend
 from unipad.model.lidar import SparseEncoder
-from unipad.model.rays import Rays
-from unipad.model.render import Renderer
+from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import SparseTensor, VoxelSet, make_tables
-from unipad.recipes import PRETRAIN
 
-N, SHAPE = 200, (41, 16, 200)  # voxels, cells (Z, Y, X)
-WIDTHS = (16, 32, 64, 128)  # channels of the stages, as in the recipe
-R = 8  # rays
-GRID = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))  # that the rays cross
-ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run, except those that only allocate or make a view."""
-
-    def __init__(self, counts):
-        super().__init__()
-        self.counts = counts
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not is_view and name not in ALLOCATES and func.namespace == "aten":
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+ENCODER = dict(in_channels=5, widths=(16, 32, 64, 128), blocks=2, out_channels=256)  # as in the recipe
+# Occupied voxels of a scene, and of the outputs of each strided convolution (benchmarks/lidar_scene.py)
+VOXELS, OUTPUTS, SHAPE = 76796, [70559, 27584, 8408], (41, 1440, 1440)
+# Where the host is timed: voxels, cells, channels (more would have it cast large weights, which a GPU does)
+FEW, SMALL_SHAPE, SMALL_WIDTHS = 200, (41, 16, 200), (16,) * 4
 
 
-@contextmanager
-def kernels_replaced(make):
-    """Inside this context `kernel[grid]` is `make(original, kernel, grid)`; original: Triton's `__getitem__`."""
-    original = KernelInterface.__getitem__
-    with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(original, kernel, grid)):
-        yield
+def launches():
+    """{part: Counter of launches by name} of a training step of the encoder, and of a forward in evaluation mode."""
+    with torch.device("meta"):
+        encoder = SparseEncoder(**ENCODER)
+    counts = {name: Counter() for name in ("neighbor tables", "forward", "backward", "forward, inference")}
+    # 1: this wait is for keys, and there is one after those of the voxels
+    with DryRun({"number of a convolution's output voxels": [n + 1 for n in OUTPUTS]}) as dry:
+        encoder, counted = to_gpu(encoder), Counter()
+        coords = torch.zeros(VOXELS, 4, dtype=torch.int32, device=CUDA)
+        features = torch.zeros(VOXELS, 5, device=CUDA)
+
+        def add_to(name):
+            """Add all launches since the last call to a part, or if it is None to nothing."""
+            nonlocal counted
+            before, counted = counted, dry.operators + Counter(kernel.__name__ for kernel, _ in dry.calls)
+            if name:
+                counts[name] += counted - before
+
+        add_to(None)
+        with torch.autocast("cuda", torch.bfloat16):
+            voxels = VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
+            voxel_sets = make_tables(encoder, voxels)  # held: tables are freed with their sets
+            add_to("neighbor tables")
+            out = encoder(SparseTensor(features, voxels)).dense()
+            add_to("forward")
+        part = None
+
+        def entering(node):
+            nonlocal part
+            add_to(part)
+            # copies in `dry_run.backward`; PyTorch's engine does not
+            part = None if node.name().endswith("AccumulateGrad") else "backward"
+
+        backward(out.sum(), entering)
+        add_to(part)
+        encoder.eval()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            encoder(SparseTensor(features, voxels))  # norms compute scale and shift in the first call, and cache them
+            add_to(None)
+            encoder(SparseTensor(features, voxels)).dense()
+            add_to("forward, inference")
+        del voxel_sets
+    return counts
 
 
-@contextmanager
-def counted(run=True):
-    """Counter, by name, of the launches inside this context.
-
-    run: whether kernels run; without, their outputs are uninitialized.
-    """
-    counts = Counter()
-
-    def count(original, kernel, grid):
-        def launch(*args, **kwargs):
-            counts[kernel.__name__] += 1
-            if run:
-                with _disable_current_modes():  # do not count the interpreter's own operators
-                    original(kernel, grid)(*args, **kwargs)
-
-        return launch
-
-    with Operators(counts), kernels_replaced(count):
-        yield counts
-
-
-def no_launch(original, kernel, grid):  # for `kernels_replaced`
-    return lambda *args, **kwargs: None
-
-
-def microseconds(run, repeats=20):
-    """Median CPU time of a run in microseconds, which other programs on the machine disturb less than elapsed time."""
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        run()
-        times.append(time.process_time() - begin)
-    return 1e6 * sorted(times)[repeats // 2]
-
-
-def voxels():
-    """A `VoxelSet` of N voxels side by side along x."""
-    coords = torch.zeros(N, 4, dtype=torch.int32)
-    coords[:, 3] = torch.arange(N)
-    return VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
-
-
-def of_kernels(counts):
-    """How many of the launches are of the project's kernels; the others are operators."""
-    return sum(n for launch, n in counts.items() if launch.endswith("_kernel"))
-
-
-def most_frequent(counts):
-    return ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
-
-
-class RenderedStep:
-    """The rendered part of a training step of a recipe for cameras, on random rays; kernels need not run.
-
-    settings: fields of the recipe's `Render` to replace.
-    """
-
-    def __init__(self, preset="camera-0.1", **settings):
-        self.renderer = Renderer(replace(PRETRAIN["camera"][preset].render, **settings), GRID)
-        channels, (X, Y, Z) = self.renderer.cfg.channels, GRID.shape
-        # in bf16 and channels-last, as the projection before the renderer returns it
-        volume = torch.randn(1, channels, Z, Y, X, dtype=torch.bfloat16)
-        self.volume = volume.to(memory_format=torch.channels_last_3d).requires_grad_()
-        directions = F.normalize(torch.randn(R, 3), dim=1)
-        depth, rgb = 4 * torch.rand(R), torch.rand(R, 3)
-        self.rays = Rays(directions, directions, depth, rgb, torch.zeros(R, dtype=torch.int32))
-        self.jitter = torch.rand(R, self.renderer.jitters)
-
-    def forward(self):
-        self.rendered = self.renderer(self.volume, self.rays, self.jitter)
-
-    def loss(self):
-        self.losses = self.renderer.loss(self.rendered, self.rays)
-
-    def backward(self):
-        sum(self.losses.values()).backward()
-
-    def whole(self):
-        """All of it, after the gradients of the last step are freed, as by the optimizer's `zero_grad`."""
-        for leaf in (self.volume, *self.renderer.parameters()):
-            leaf.grad = None
-        self.forward()
-        self.loss()
-        self.backward()
-
-
-def rendered():
-    step, all_counts = RenderedStep(), Counter()
-    print("| part | operators | launches of our kernels | most frequent |\n|---|---|---|---|")
-    for name, part in [("render", step.forward), ("losses", step.loss), ("backward", step.backward)]:
-        with counted() as counts:
-            part()
-        all_counts += counts
-        ours = of_kernels(counts)
-        print(f"| {name} | {counts.total() - ours} | {ours} | {most_frequent(counts)} |")
-    ours = of_kernels(all_counts)
-    print(f"| rendered step | {all_counts.total() - ours} | {ours} | {most_frequent(all_counts)} |")
-
-    print("\n| part | host microseconds |\n|---|---|")
-    with kernels_replaced(no_launch):
-        print(f"| rendered step | {microseconds(step.whole, repeats=100):.0f} |")
-
-
-def sparse():
-    encoder = SparseEncoder(in_channels=5, widths=WIDTHS, blocks=2, out_channels=256)
-    features = torch.randn(N, 5, requires_grad=True)
-    state = {}
-
-    def tables():
-        state["voxels"] = voxels()
-        state["voxel sets"] = make_tables(encoder, state["voxels"])  # held: tables are freed with their sets
+def host_microseconds():
+    """{part: time}; with autocast, as in training."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    encoder = SparseEncoder(**ENCODER | dict(widths=SMALL_WIDTHS, out_channels=16))
+    coords = torch.zeros(FEW, 4, dtype=torch.int32)
+    coords[:, 3] = torch.arange(FEW)  # side by side along x
+    voxels = VoxelSet(coords, SMALL_SHAPE, 1, in_order=True, check=False)
+    voxel_sets = make_tables(encoder, voxels)  # by the references, since kernels will not run
+    features = torch.randn(FEW, 5)
 
     def forward():
-        state["out"] = encoder(SparseTensor(features, state["voxels"])).dense()
-
-    def backward():
-        state["out"].sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            return encoder(SparseTensor(features, voxels)).dense()
 
     def step():
-        forward()
-        backward()
+        forward().float().sum().backward()
 
     def infer():
         with torch.no_grad():
             forward()
 
+    times = {}
+    no_launch = mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
+    # a GPU runs PyTorch's batch norm where ours has no kernel
+    gpu_norm = mock.patch.object(SyncedBatchNorm, "forward", nn.modules.batchnorm._BatchNorm.forward)
+    with no_launch, gpu_norm, mock.patch.object(backend, "interpret", True):
+        for name, run in [("forward", forward), ("forward and backward", step)]:
+            times[name] = _microseconds(run)
+        encoder.eval()
+        times["forward, inference"] = _microseconds(infer)
+    del voxel_sets
+    return times
+
+
+def _microseconds(run, repeats=40):
+    """Smallest time of a run in microseconds: other processes only add to it."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return 1e6 * min(times)
+
+
+def main():
     print("| part | launches | of our kernels | most frequent |\n|---|---|---|---|")
-    for name, part in [("neighbor tables", tables), ("forward", forward), ("backward", backward)]:
-        with counted() as counts:
-            part()
-        print(f"| {name} | {counts.total()} | {of_kernels(counts)} | {most_frequent(counts)} |")
-    encoder.eval()
-    infer()  # our batch norms compute scale and shift in the first call in eval mode, and cache them
-    with counted() as counts:
-        infer()
-    print(f"| forward, inference | {counts.total()} |")
-
+    for name, counts in launches().items():
+        ours = sum(n for launch, n in counts.items() if launch.endswith("_kernel"))
+        most = ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
+        print(f"| {name} | {counts.total()} | {ours} | {most} |")
     print("\n| part | host microseconds |\n|---|---|")
-    with kernels_replaced(no_launch):
-        print(f"| forward, inference | {microseconds(infer):.0f} |")
-        encoder.train()
-        print(f"| forward | {microseconds(forward):.0f} |")
-        print(f"| forward and backward | {microseconds(step):.0f} |")
-
-
-PARTS = {"sparse": sparse, "rendered": rendered}
-
-
-def main(names):
-    torch.set_num_threads(1)
-    backend.interpret = True  # run the kernels on CPU tensors, not their references
-    for name in names or PARTS:
-        torch.manual_seed(0)
-        PARTS[name]()
+    for name, microseconds in host_microseconds().items():
+        print(f"| {name} | {microseconds:.0f} |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -24,8 +24,8 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
 
     triton = tl = _Absent()
 
-# Set by tests and benchmarks.count_launches: ops run their kernels on CPU tensors too, in Triton's interpreter
-# (TRITON_INTERPRET=1).
+# Set by tests: ops run their kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1). And by
+# benchmarks.count_launches, which launches nothing.
 interpret = False
 _references_only = False
 waiting_for = None  # reason of the active `host_wait`; read by tests
@@ -63,6 +63,11 @@ def jit(kernel=None, *, varying=()):
 
     kernel.run = run
     return kernel
+
+
+def cdiv(n, size):
+    """n / size, rounded up; on the host, `triton.cdiv` costs ten times as much."""
+    return -(-n // size)
 
 
 def on_triton(tensor, deterministic=True):

@@ -267,15 +267,13 @@ class SparseConv(torch.autograd.Function):
     Multiplies by `rounded`, the weights in the features' type, and saves only these.
     """
 
+    # not `setup_context`: it costs the host more than all else here, since PyTorch inspects the signature in every call
     @staticmethod
-    def forward(features, weight, rounded, table, inverse, allow_tf32, reference):
-        return _forward(features, rounded, table, inverse, allow_tf32, reference)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        features, weight, rounded, *ctx.tables, ctx.allow_tf32, ctx.reference = inputs
+    def forward(ctx, features, weight, rounded, table, inverse, allow_tf32, reference):
         ctx.save_for_backward(features, rounded)
-        ctx.weight_dtype = weight.dtype
+        ctx.tables, ctx.weight_dtype = (table, inverse), weight.dtype
+        ctx.allow_tf32, ctx.reference = allow_tf32, reference
+        return _forward(features, rounded, table, inverse, allow_tf32, reference)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from unipad.kernels import backend, tuning
-from unipad.kernels.backend import jit, tl, triton
+from unipad.kernels.backend import cdiv, jit, tl, triton
 
 
 def gather_gemm(
@@ -37,13 +37,13 @@ def gather_gemm(
 
     def launch(blocks, table=table):
         tiles = table.tiles(blocks.m, blocks.sort)
-        _gather_gemm_kernel[(len(tiles.count_idx), triton.cdiv(O, blocks.o))](
+        _gather_gemm_kernel[(len(tiles.count_idx), cdiv(O, blocks.o))](
             features_ptr=features, weight_ptr=weight, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx,
             offset_idx_ptr=tiles.offset_idx, read_idx_ptr=tiles.read_idx, out_ptr=out,
             scale_ptr=scale, shift_ptr=shift, residual_ptr=residual, K=K, I=I, O=O,
             RELU=relu, MIRRORED=mirrored, TRANSPOSED=transposed,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
-            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), VIA_L1=blocks.via_l1,
+            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=cdiv(I, blocks.i), VIA_L1=blocks.via_l1,
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
@@ -74,7 +74,7 @@ def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
         return _d_weight_of_groups(features, d_out, table.idx)
     _, max_block = _limits(features.dtype, I, O, allow_tf32)
     block_i, block_o = (_block(channels, max_block) for channels in (I, O))
-    tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)  # of [O, I]
+    tiles = cdiv(I, block_i) * cdiv(O, block_o)  # of [O, I]
     # a chunk's length is a multiple of the largest candidate's step
     pairs = table.pairs(_max_chunks(K, M, I, O, tiles), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
     partial = features.new_empty(len(pairs.first), O, I, dtype=torch.float32)
@@ -94,7 +94,7 @@ def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
     if features.dtype == torch.float32 and not allow_tf32:
         candidates = candidates[2:]  # the others spill on sm_80
     launch(tuning.choose(kind, candidates, launch, features.device))
-    _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](
+    _sum_chunks_kernel[(K, cdiv(O * I, BLOCK_E))](
         partial_ptr=partial, chunk_end_idx_ptr=pairs.chunk_end_idx, d_weight_ptr=d_weight,
         K=K, I=I, O=O, BLOCK_E=BLOCK_E,
     )  # fmt: skip
@@ -109,8 +109,8 @@ def _d_weight_of_groups(features, d_out, neighbor_idx):
     """
     I, (M, O), K = features.shape[1], d_out.shape, len(neighbor_idx)
     group, block_o = GROUP_OF[I], _block(O, 64)
-    groups, rows = triton.cdiv(K, group), _group_rows(K, M, I)
-    parts = triton.cdiv(M, rows)
+    groups, rows = cdiv(K, group), _group_rows(K, M, I)
+    parts = cdiv(M, rows)
     partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
     _d_weight_of_groups_kernel[(parts, groups)](
         features_ptr=features, d_out_ptr=d_out, table_idx_ptr=neighbor_idx, partial_ptr=partial,
@@ -127,8 +127,8 @@ def _in_groups(dtype, K, I, O, submanifold):
 
 def _group_rows(K, M, I):
     """Rows that a program sums for a group of offsets."""
-    parts = triton.cdiv(GROUP_PROGRAMS, triton.cdiv(K, GROUP_OF[I]))
-    return triton.cdiv(triton.cdiv(M, parts), BLOCK_R) * BLOCK_R
+    parts = cdiv(GROUP_PROGRAMS, cdiv(K, GROUP_OF[I]))
+    return cdiv(cdiv(M, parts), BLOCK_R) * BLOCK_R
 
 
 def _max_chunks(K, M, I, O, tiles):
@@ -136,7 +136,7 @@ def _max_chunks(K, M, I, O, tiles):
 
     tiles: programs per chunk, each for a tile of channels.
     """
-    return max(1, min(-(-PROGRAMS // tiles), -(-K * M // MIN_PAIRS), MAX_PARTIAL // (O * I)))
+    return max(1, min(cdiv(PROGRAMS, tiles), cdiv(K * M, MIN_PAIRS), MAX_PARTIAL // (O * I)))
 
 
 class Blocks(NamedTuple):
@@ -203,6 +203,7 @@ def _elementwise(*channels):
     return any(c % 16 and c != 8 for c in channels)
 
 
+@lru_cache
 def _block(channels, max_block):
     return max(16, min(triton.next_power_of_2(channels), max_block))  # 16 is the minimum of tl.dot
 

@@ -16,8 +16,8 @@ from tests import dry_step, scripts
 # norms of all gradients.)
 BUDGETS = {
     "train camera-0.1": (13, 1367),
-    "detect lidar-0.075": (92, 1809),
-    "segment segment": (169, 661),
+    "detect lidar-0.075": (133, 1711),
+    "segment segment": (247, 467),
 }
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
@@ -47,8 +47,9 @@ def test_twenty_scenes_compile_no_more_than_the_first_ten():
     ((after_ten, after_twenty),) = run("print(json.dumps(count_specializations(20, first=10)))")
     assert after_twenty == after_ten
     assert len(after_twenty) >= 10  # kernels
-    # specializations per kernel; _gather_gemm_kernel has more: for each number of channels of the convolutions
-    assert max(n for kernel, n in after_twenty.items() if kernel != "_gather_gemm_kernel") <= 5
+    # specializations per kernel; these have more: for each number of channels, norms with and without a residual
+    by_channels = "_gather_gemm_kernel", "_norm_relu_fwd_kernel", "_norm_relu_bwd_kernel"
+    assert max(n for kernel, n in after_twenty.items() if kernel not in by_channels) <= 5
 
 
 def test_every_recipe_is_covered():

@@ -1,11 +1,13 @@
 """LiDAR encoder: voxel mask, sparse encoder and neck, compared with the original and with values computed by hand."""
 
 import dataclasses
+import json
 from unittest import mock
 
 import pytest
 import torch
 
+from tests import scripts
 from tests.check import WaitRecorder
 from tests.golden import assert_close_to_max, load, recorded
 from unipad import config
@@ -321,3 +323,14 @@ def test_voxels_that_do_not_fit_the_grid_are_rejected():
         make_encoder(cell=(0.25, 0.5, 0.5))
     with pytest.raises(UserError, match="multiples of 3"):
         make_encoder(neck_strides=(1, 3))
+
+
+def test_the_encoder_launches_no_more_than():
+    """Of lidar-0.075, one sample under autocast. Each launch and operator takes host time, which bounds its step."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    code = "import json; from benchmarks.count_launches import launches; print(json.dumps(launches()))"
+    done = scripts.run("-c", code)
+    assert done.returncode == 0, done.stderr[-4000:]
+    counts = {part: sum(of_part.values()) for part, of_part in json.loads(done.stdout).items()}
+    ceilings = {"neighbor tables": 17, "forward": 76, "backward": 122, "forward, inference": 28}
+    assert counts.keys() == ceilings.keys() and all(counts[part] <= ceilings[part] for part in ceilings), counts

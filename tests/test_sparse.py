@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.check import launches
 from unipad.kernels import backend
 from unipad.model.sparse import (
     SparseBatchNorm,
+    SparseBlock,
     SparseConv3d,
     SparseInverseConv3d,
     SparseTensor,
@@ -378,3 +380,24 @@ def test_a_norm_caches_scale_and_shift_until_its_weights_change(monkeypatch):
     on_stream_1 = norm.scale_and_shift()
     assert on_stream_1 is not kept  # which the other stream may still compute
     assert copy.deepcopy(norm).scale_and_shift() is not on_stream_1  # a copy has its own weights
+
+
+def test_a_block_trains_alike_with_the_fused_norm(monkeypatch, device):
+    """Kernels in the interpreter compared with PyTorch's operators: outputs, gradients and running statistics."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    torch.manual_seed(0)
+    net, x = SparseBlock(16).to(device), sparse("scattered", 16, dtype=torch.float32, device=device)
+    for norm in (net.bn1, net.bn2):
+        nn.init.constant_(norm.bias, 8)  # no ReLU's input is near 0, where rounding would decide on its gradient
+    results = []
+    monkeypatch.setattr(backend, "interpret", device == "cpu")
+    for context, norms in [(backend.references, 0), (nullcontext, 2)]:
+        twin, features = copy.deepcopy(net), x.features.detach().requires_grad_()
+        voxels = VoxelSet(x.voxels.coords, x.voxels.shape, x.voxels.batch_size)
+        with launches() as launched, context():
+            out = twin(SparseTensor(features, voxels)).features
+            grads = torch.autograd.grad(out.square().sum(), [features, *twin.parameters()])
+        assert launched.count("_norm_relu_fwd_kernel") == norms
+        results.append((out, *grads, *twin.buffers()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * max(1, a.abs().max().item()))

@@ -22,7 +22,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"batch normalization takes [N, C, ...], not {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        alone = is_alone()
         if x.is_cuda and (not self.training or (alone and x.numel() > x.shape[1])):  # two rows or more
             return super().forward(x)
         self._check_input_dim(x)
@@ -39,6 +39,11 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)  # unbiased, as PyTorch's
         return out.to(dtype)
+
+
+def is_alone():
+    """Whether this process is the only one."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 class BatchNorm(torch.autograd.Function):

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad.kernels import backend, sparse_map, sparse_outputs, voxel_keys
-from unipad.kernels.backend import StreamCache
+from unipad.kernels.backend import StreamCache, on_triton
+from unipad.kernels.norm_relu import norm_relu
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_tiles import NeighborTable
-from unipad.model.norm import SyncedBatchNorm
+from unipad.model.norm import SyncedBatchNorm, is_alone
 
 NORM = dict(eps=1e-3, momentum=0.01)  # of the LiDAR encoders' batch norms, as in SECOND
 Triple = tuple[int, int, int]
@@ -242,6 +243,16 @@ class SparseBatchNorm(SyncedBatchNorm):
     def forward(self, x: SparseTensor) -> SparseTensor:
         return x.replace(super().forward(x.features))
 
+    def relu(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """relu(self(x) + residual) of features [N, C], in one op if this is one process that trains on a GPU."""
+        fused = self.training and on_triton(x) and is_alone() and not torch.compiler.is_compiling()
+        if fused and x.dtype != torch.float64 and len(x) > 1:
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            residual = None if residual is None else residual.to(x.dtype)
+            return norm_relu(x, self.weight, self.bias, self.eps, residual, running, self.momentum)
+        out = super().forward(x)
+        return (out if residual is None else out + residual).relu()
+
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(scale [C], shift [C]) of the layer in evaluation mode: x * scale + shift.
 
@@ -271,15 +282,15 @@ def conv_norm_relu(
     conv: _SparseConvolution, norm: SparseBatchNorm, x: SparseTensor, residual: Tensor | None = None
 ) -> SparseTensor:
     """relu(norm(conv(x)) + residual); in evaluation mode without gradients, in one kernel, unless the convolution has a
-    bias or no table (K = 1).
+    bias or no table (K = 1). In training, see `SparseBatchNorm.relu`.
 
     residual: [M, Cout] or None.
     """
     unfused = norm.training or torch.is_grad_enabled() or conv.bias is not None
     voxels, table = (None, None) if unfused else conv.output_voxels_and_table(x.voxels)
     if table is None:
-        y = norm(conv(x))
-        return y.replace((y.features if residual is None else y.features + residual).relu())
+        y = conv(x)
+        return y.replace(norm.relu(y.features, residual))
     weight, (scale, shift) = conv.weight if conv.rounded is None else conv.rounded, norm.scale_and_shift()
     out = sparse_conv_act(
         x.features, weight, table.neighbors, scale, shift, residual, relu=True, allow_tf32=conv.allow_tf32

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from unipad.kernels.norm_relu import norm_relu, norm_relu_ref
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
 from unipad.kernels.sparse_map import (
     inverse_map,
@@ -179,6 +180,16 @@ def sparse_cases(size, recipe):
 
         return act
 
+    def norm_inputs(number):
+        def make(device, dtype):
+            N, C = len(_stage(number if recipe else 0, recipe, device)[0]), WIDTHS[number]
+            x, residual = (torch.randn(N, C, device=device).to(dtype) for _ in range(2))
+            # keeps the ReLU's inputs away from 0, where rounding decides whether a gradient passes
+            bias = torch.full((C,), 8.0, device=device)
+            return dict(x=x, weight=torch.rand(C, device=device) + 0.5, bias=bias, eps=1e-3, residual=residual)
+
+        return make
+
     def conv(dtypes, name, *what):
         """what: kind, stage from 0, kernel, c_in, c_out, as `inputs` takes them."""
         wrt = ("features", "weight")
@@ -205,3 +216,6 @@ def sparse_cases(size, recipe):
         for dtype in dtypes.split():
             op = partial(sparse_conv_act, allow_tf32=True) if dtype == "tf32" else sparse_conv_act
             yield Case(f"sparse_conv_act {WIDTHS[number]}", size, dtype, act, op, sparse_conv_act_ref)
+    for number in (0, 3):
+        names = "x", "weight", "bias", "residual"
+        yield Case(f"norm_relu {WIDTHS[number]}", size, "bf16", norm_inputs(number), norm_relu, norm_relu_ref, names)

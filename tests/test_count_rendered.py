@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 @pytest.mark.skipif(HAS_GPU, reason="counts on CPU tensors, as the command does")
 def test_a_rendered_step_has_few_operators_and_launches(monkeypatch):
-    """Of camera-0.1, with the recipe's losses. `python -m benchmarks.count_launches rendered` lists them."""
-    from benchmarks.count_launches import RenderedStep, counted, of_kernels
+    """Of camera-0.1, with the recipe's losses. `python -m benchmarks.count_rendered` lists them."""
+    from benchmarks.count_rendered import RenderedStep, counted, of_kernels
 
     monkeypatch.setattr(backend, "interpret", True)
     step = RenderedStep()

@@ -1,4 +1,4 @@
-"""A training step in two processes has the loss and the gradients of one process.
+"""A training step in two processes has the loss and the gradients of one process, and ends where one has no data.
 
 Gradients are compared in fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradients'
 norm.
@@ -12,10 +12,10 @@ import torch
 
 from tests import scripts
 
-pytestmark = pytest.mark.slow
 MODALITIES = "camera", "lidar", "fusion"
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(city, tmp_path):
     results = []
     for run in (scripts.run, scripts.run_two):
@@ -33,6 +33,59 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
             assert (grad - grads_of_two[name]).norm() <= 1e-7 * total_norm, name
         not_zero = sum(grad.norm() > 1e-4 * total_norm for grad in grads_of_one.values())
         assert not_zero > 50, "almost all gradients are zero"
+
+
+@pytest.mark.parametrize("case", ["detect", "segment", "pretrain camera", "pretrain lidar", "pretrain fusion"])
+def test_a_process_without_boxes_or_points_does_not_stop_the_other(case):
+    """Process 1 has no boxes in detection, no points elsewhere. Both end, with equal finite gradients."""
+    done = scripts.run_two(
+        "-c", "import sys; from tests import test_processes as t; t.steps_without(sys.argv[1])", case
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def steps_without(case):
+    """Two training steps of a tiny model in this process."""
+    import torch.distributed as dist
+
+    from unipad.model.detect import Detector
+    from unipad.model.pretrain import Pretrain
+    from unipad.model.segment import Segmenter
+    from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+    from unipad.runtime import generators, start
+
+    task, _, modality = case.partition(" ")
+    model = {"detect": Detector, "segment": Segmenter, "pretrain": Pretrain}[task]
+    presets = {"detect": DETECT, "segment": SEGMENT, "pretrain": PRETRAIN}[task]
+    recipe = presets[modality or "lidar"]["tiny"]
+    with start("cpu", deterministic=False) as world:
+        batch = small_batch(points=0 if world.rank and task != "detect" else 2000, boxes=0 if world.rank else 3)
+        torch.manual_seed(0)
+        net = torch.nn.parallel.DistributedDataParallel(model(recipe))
+        for step in range(2):
+            losses = net(batch, generators(0, step, [world.rank], "cpu"))
+            losses = losses[0] if task == "pretrain" else losses  # (losses, missed rays)
+            sum(losses.values()).backward()
+        gradients = torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad])
+        of_main = gradients.clone()
+        dist.broadcast(of_main, 0)
+        assert gradients.isfinite().all() and gradients.any() and torch.equal(gradients, of_main)
+
+
+def small_batch(points, boxes):
+    """One sample with two views and that many random points, with labels, and boxes."""
+    from tests.test_rays import make_batch, point_cloud
+
+    batch = make_batch([point_cloud(points)], size=(64, 96), unpadded=(60, 90))
+    rows = torch.tensor([0, 0, -1, 2, 4, 1.5, 0.3, 0, 0]).repeat(boxes, 1)
+    rows[:, :2] = torch.linspace(-8, 8, boxes)[:, None]
+    return replace(
+        batch,
+        boxes=rows,
+        labels=torch.arange(boxes),
+        box_counts=torch.tensor([boxes]),
+        point_labels=torch.arange(points, dtype=torch.uint8) % 17,
+    )
 
 
 def save_gradients(city, file):

@@ -33,7 +33,7 @@ from unipad.checkpoint import (
 from unipad.config import to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
-from unipad.runtime import World, on_main
+from unipad.runtime import World, meet, on_main
 
 
 def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Path, dict | None]:
@@ -230,6 +230,7 @@ class RunFolder:
             raise UserError(
                 f"validation failed: {one_line(failed)}; {saved}; --val-every 0 trains without validation."
             ) from failed
+        meet()  # the main process has drawn pictures meanwhile
 
     def close(self):
         tuning.disable()

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -43,10 +46,10 @@ class World:
             yield
         except UserError as error:
             if self.is_main and self.size > 1:
-                _broadcast(error, self)
+                _from_main(error, self)
             raise
         if self.is_main and self.size > 1:
-            _broadcast(None, self)
+            _from_main(None, self)
 
     def workers(self, asked: int | None) -> int:
         """Data loading processes per process: what was asked for; else 1 on a CPU, and with a GPU 4, or fewer (at least
@@ -79,6 +82,99 @@ class World:
 def _usable_cores():
     """Cores that this process may use: a Slurm job often gets only some of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# A collective that takes longer raises: a process has failed. Processes await by `meet` what may take longer, such as
+# building an index, cutting out objects and the devkit's metrics.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+BEAT = 10  # seconds between the signs of life of a process
+SILENCE = 600  # seconds without one after which a process is taken for dead
+POLL = 0.1  # seconds between looks at the store
+
+
+class Waits:
+    """Waits of processes for each other, of any length, through a key-value store; a process that has died ends them.
+
+    Every process makes the same calls of `meet` and `wait_for_main`, in the same order.
+
+    store: shared by the processes of this start of the program only, so that nothing of an earlier one is found.
+    """
+
+    def __init__(self, store: "dist.Store", rank: int, size: int, clock: Callable[[], float] = time.monotonic):
+        self.store, self.rank, self.size, self.clock = store, rank, size, clock
+        self.number = 0  # of waits so far
+        self._stopped = threading.Event()
+        threading.Thread(target=self._live, daemon=True).start()
+
+    def meet(self):
+        """Wait until every process has called this."""
+        self._arrive()
+        self._wait(arrivals=self.size)
+
+    def wait_for_main(self):
+        """In the main process return at once, in others wait until it has called this."""
+        if self.rank == 0:
+            self._arrive()
+        else:
+            self.number += 1
+            self._wait(arrivals=1)
+
+    def close(self, failed: bool):
+        """End the signs of life. failed: whether this process ends before the others, which then stop waiting."""
+        self._stopped.set()
+        if failed:
+            with contextlib.suppress(RuntimeError):  # the store has gone with its process
+                self.store.set("failed", str(self.rank))
+
+    def _arrive(self):
+        self.number += 1
+        with self._store_errors():
+            self.store.add(f"arrived {self.number}", 1)
+
+    def _wait(self, arrivals):
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        heard = {rank: (None, self.clock()) for rank in others}  # number of signs of life, when it changed
+        next_check = self.clock()
+        with self._store_errors():
+            while self.store.add(f"arrived {self.number}", 0) < arrivals:
+                if self.store.check(["failed"]):
+                    raise self._error(f"process {self.store.get('failed').decode()}")
+                now = self.clock()
+                if now >= next_check:
+                    next_check = now + BEAT
+                    for rank, (beats, since) in heard.items():
+                        latest = self.store.add(f"alive {rank}", 0)
+                        if latest != beats:
+                            heard[rank] = latest, now
+                        elif now - since > SILENCE:
+                            raise self._error(f"process {rank}")
+                time.sleep(POLL)
+
+    def _live(self):
+        with contextlib.suppress(RuntimeError):
+            self.store.add(f"alive {self.rank}", 1)
+            while not self._stopped.wait(BEAT):
+                self.store.add(f"alive {self.rank}", 1)
+
+    @contextlib.contextmanager
+    def _store_errors(self):
+        try:
+            yield
+        except RuntimeError:  # PyTorch's errors of networks and stores are some
+            raise self._error("the process with the store") from None
+
+    def _error(self, process):
+        return UserError(f"{process} has ended while process {self.rank} waited for it; look for its own message.")
+
+
+_waits = None  # of this program, if it has several processes
+
+
+def meet():
+    """Wait, for any length of time, until all processes have called this; a no-op with one. To be called before a
+    collective that one process may reach much later than the others."""
+    if _waits is not None:
+        _waits.meet()
 
 
 # Process groups. Gloo's destructor waits for a thread that may wait for the GIL. Python's own reference is dropped
@@ -120,16 +216,40 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         torch.use_deterministic_algorithms(True)
     if size > 1:
         gpu = device if device.type == "cuda" else None
-        # Processes may wait hours while the main one builds an index, cuts out objects or runs the devkit's metrics.
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=12))
+        from torch.distributed.rendezvous import rendezvous  # absent in builds without torch.distributed
+
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size,
+            timeout=COLLECTIVE_TIMEOUT, device_id=gpu,
+        )  # fmt: skip
         _GROUPS.append(dist.group.WORLD)
     world = World(rank, size, device)
     try:
-        with world.closing:
+        with _waiting(store, world) if size > 1 else contextlib.nullcontext(), world.closing:
             yield world
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _waiting(store, world):
+    """Context in which `meet` works. store: as torchrun keeps it, maybe over restarts of the program."""
+    global _waits
+    # the main process's random name for this start: torchrun does not count a restart for a changed number of nodes
+    name = _broadcast(uuid.uuid4().hex, world)
+    _waits, failed = Waits(dist.PrefixStore(name, store), world.rank, world.size), False
+    try:
+        yield
+        with contextlib.suppress(UserError):  # the process that holds the store may be the first to leave
+            meet()
+    except Exception:
+        failed = True
+        raise
+    finally:
+        _waits.close(failed)
+        _waits = None
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -174,7 +294,8 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def on_main(make: Callable | None, world: World):
     """Call `make` in the main process; every process returns its result, sent pickled, or raises its `UserError`.
 
-    make: only the main process needs it, others may pass None. Collective: all processes must call `on_main`.
+    make: only the main process needs it, others may pass None; may take any time. Collective: all processes must call
+        `on_main`.
     """
     if world.size == 1:
         return make()
@@ -184,10 +305,16 @@ def on_main(make: Callable | None, world: World):
             value = make()
         except UserError as error:
             value = error
-    value = _broadcast(value, world)
+    value = _from_main(value, world)
     if isinstance(value, UserError):
         raise value
     return value
+
+
+def _from_main(value, world):
+    """The main process's `value` in every process, however long it takes to get here. Collective."""
+    _waits.wait_for_main()
+    return _broadcast(value, world)
 
 
 def _broadcast(value, world):
@@ -198,10 +325,12 @@ def _broadcast(value, world):
 
 
 def gather_to_main(value, world: World) -> list | None:
-    """The list of all processes' `value`s in the main process, None elsewhere. Collective."""
+    """The list of all processes' `value`s in the main process, None elsewhere. Processes may take any time to get here.
+    Collective."""
     values = [None] * world.size if world.is_main else None
     if world.size == 1:
         return [value]
+    meet()
     dist.gather_object(value, values)
     return values
 

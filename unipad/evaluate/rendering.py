@@ -8,7 +8,7 @@ from unipad.batch import Batch
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import lidar_rays, pixel_rays
-from unipad.runtime import all_reduce_sum, generators
+from unipad.runtime import all_reduce_sum, generators, meet
 
 RAYS_PER_VIEW = 256  # LiDAR rays per view that depth is measured on
 PIXEL_STRIDE = 8  # pixels between the rays that color is measured on
@@ -46,6 +46,7 @@ def evaluate_rendering(
         _, depth = model.render(volume, rays)
         sums[2:] += depth_sums(depth, rays.depth)
     model.train(was_training)
+    meet()  # frames may differ in the time they take
     squared_color, pixels, abs_rel, squared_depth, close, ray_count = all_reduce_sum(sums).tolist()
     if not ray_count:
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")

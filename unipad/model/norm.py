@@ -12,7 +12,8 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     happens with sparse features: in training, the output of a single row is the bias, and without rows the running
     statistics do not change.
     On a GPU it is the same as `nn.BatchNorm1d`, `2d` and `3d` in eval mode, and in training in a single process with at
-    least two rows. On a CPU it is more accurate: PyTorch 2.13 adds up the rows of [N, C] and of channels-last
+    least two rows; in training in several processes it runs PyTorch's kernels for that, with a collective in each pass.
+    On a CPU it is more accurate: PyTorch 2.13 adds up the rows of [N, C] and of channels-last
     tensors one by one in fp32, which for 10^5 rows is off by 1e-5 of the largest entry.
     Statistics and the result are computed in fp32 or better; the output has the dtype of x. Differentiable once.
     """
@@ -26,13 +27,19 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.is_cuda and (not self.training or (alone and x.numel() > x.shape[1])):  # two rows or more
             return super().forward(x)
         self._check_input_dim(x)
-        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        dtype = x.dtype
+        by_kernels = x.is_cuda and not alone
+        if not by_kernels:
+            x = x.to(torch.promote_types(dtype, torch.float32))
         if not self.training:
             shape = _along_channels(x)
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             out = torch.addcmul(self.bias.view(shape), x - self.running_mean.view(shape), scale.view(shape))
             return out.to(dtype)
-        out, mean, variance, count = BatchNorm.apply(x, self.weight, self.bias, self.eps, not alone)
+        if by_kernels:
+            out, mean, variance, count = KernelBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        else:
+            out, mean, variance, count = BatchNorm.apply(x, self.weight, self.bias, self.eps, not alone)
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = self.momentum * (count > 0)
@@ -77,6 +84,67 @@ class BatchNorm(torch.autograd.Function):
         mean, slope = means.view(2, *shape)  # of d_out: its mean, and its regression slope on `centered`
         d_x = torch.addcmul(d_out - mean, centered, slope, value=-1).mul_((weight * inv_std).view(shape))
         return d_x, d_weight, d_bias, None, None
+
+
+# Stands for a count of 0: PyTorch divides by the sum of the counts of the first processes, which must not be 0
+NO_ROWS = 1e-20
+
+
+class KernelBatchNorm(torch.autograd.Function):
+    """`BatchNorm` over all processes by the CUDA kernels of `nn.SyncBatchNorm`, in any floating-point type of x.
+
+    Unlike `nn.SyncBatchNorm` it drops nothing from the gathered statistics, for which the host would wait: a process
+    without rows gathers mean 0, standard deviation 1 and `NO_ROWS`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        x, C = _dense(x), x.shape[1]
+        rows, full = x.numel() // C, weight.new_full
+        mean, inv_std = torch.batch_norm_stats(x, eps) if rows else (full((C,), 0.0), full((C,), 1.0))
+        own = torch.cat([mean, inv_std, mean.new_full((1,), rows)])
+        gathered = own.new_empty(dist.get_world_size() * len(own))
+        # the newer name; PyTorch 2.13 warns about the older one
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, own)
+        gathered = gathered.view(-1, len(own))
+        means, inv_stds, counts = gathered.split([C, C, 1], dim=1)
+        counts = counts[:, 0]
+        mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+            gathered,  # only its type counts: it must be that of the counts, which bf16 would round
+            means, inv_stds, None, None, 0.0, eps, counts.clamp(min=NO_ROWS),
+        )  # fmt: skip
+        out = torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps) if rows else x.clone()
+        count = counts.sum()
+        variance = (inv_std.square().reciprocal() - eps).where(count > 0, 0)  # without rows it is not finite
+        ctx.save_for_backward(x, weight, mean, inv_std, counts)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out, mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, *_):
+        x, weight, mean, inv_std, counts = ctx.saved_tensors
+        d_out, C = _dense(d_out), len(mean)
+        if x.numel():
+            sum_d, sum_d_centered, d_weight, d_bias = torch.batch_norm_backward_reduce(
+                d_out, x, mean, inv_std, weight, True, True, True
+            )
+        else:
+            sum_d, sum_d_centered = mean.new_zeros(2, C)
+            d_weight, d_bias = weight.new_zeros(2, C)
+        sums = torch.cat([sum_d, sum_d_centered])
+        dist.all_reduce(sums)
+        if not x.numel():
+            return torch.zeros_like(x), d_weight, d_bias, None
+        d_x = torch.batch_norm_backward_elemt(d_out, x, mean, inv_std, weight, *sums.split(C), counts.int())
+        return d_x, d_weight, d_bias, None
+
+
+def _dense(x):
+    """x contiguous in one of the memory formats that PyTorch's batch norm kernels take."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim())
+    return x if last and x.is_contiguous(memory_format=last) else x.contiguous()
 
 
 def _reduced_dims(x):

@@ -197,6 +197,25 @@ def test_a_hundred_scenes_need_few_graphs(case, backend, most):
     assert len(sizes) > 50 and graphs() <= most
 
 
+def test_all_other_image_sizes_share_one_more_graph():
+    net = torch.nn.Sequential(Block(8))
+    compile_parts(net, ALONE, "aot_eager")
+    for height, width in ((4, 6), (6, 4), (10, 12), (8, 14), (2, 2)):
+        net(torch.randn(2, 8, height, width))
+    assert graphs() == 2
+
+
+@pytest.mark.slow
+def test_statistics_of_compiled_norms():
+    """On a CPU, Inductor adds up rows one by one in fp32, which `SyncedBatchNorm` avoids in eager mode."""
+    x = 3 + 0.5 * torch.randn(500_000, 16)
+    norms = SyncedBatchNorm(16).double(), SyncedBatchNorm(16), SyncedBatchNorm(16)
+    norms[2].compile(fullgraph=True)
+    exact, eager, compiled = norms[0](x.double()), norms[1](x), norms[2](x)
+    largest = exact.abs().max()
+    assert (eager - exact).abs().max() < 1e-6 * largest and (compiled - exact).abs().max() < 5e-4 * largest
+
+
 def test_norms_over_several_processes_are_not_compiled():
     for model, recipe in CASES.values():
         net = model(recipe)

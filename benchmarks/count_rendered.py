@@ -120,6 +120,7 @@ class RenderedStep:
         depth, rgb = 4 * torch.rand(R), torch.rand(R, 3)
         self.rays = Rays(directions, directions, depth, rgb, torch.zeros(R, dtype=torch.int32))
         self.jitter = torch.rand(R, self.renderer.jitters)
+        self.leaves = [self.volume, *self.renderer.parameters()]
 
     def forward(self):
         self.rendered = self.renderer(self.volume, self.rays, self.jitter)
@@ -132,7 +133,7 @@ class RenderedStep:
 
     def whole(self):
         """All of it, after the gradients of the last step are freed, as by the optimizer's `zero_grad`."""
-        for leaf in (self.volume, *self.renderer.parameters()):
+        for leaf in self.leaves:
             leaf.grad = None
         self.forward()
         self.loss()

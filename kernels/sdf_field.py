@@ -31,7 +31,7 @@ INPUTS = tl.constexpr(16)  # columns of E: p 0 to 2, the bias 3, direction 4 to 
 
 def padded_width(width):
     """The kernels' width for `width` channels or units."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def precision(exact):

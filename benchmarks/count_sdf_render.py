@@ -17,9 +17,10 @@ import re
 
 from unipad.kernels import sdf_backward, sdf_render
 from unipad.kernels.backend import triton
-from unipad.kernels.sdf_field import ray_launch, sample_launch
+from unipad.kernels.sdf_field import PER_MULTIPROCESSOR
 
 RAYS, SAMPLES, SEARCHED = 3072, 96, 72  # rays of camera-0.1; samples per ray; `sdf_values` looks up fewer
+MULTIPROCESSORS = 132  # of an H100; the number of programs depends on it
 PASSES = {  # kernels of each pass; the search for the surface along rays, before it, is not part of the forward
     "search": ("_sdf_values_kernel",),
     "forward": ("_sdf_render_fwd_kernel",),
@@ -58,11 +59,12 @@ def _work(launch):
     given = launch.constexprs
     if launch.kernel == "_sdf_values_kernel":  # a tile per program
         return triton.cdiv(RAYS * SEARCHED, given["BLOCK_M"]), RAYS * SEARCHED, []
-    if "BLOCK_M" in given:
-        programs, _ = sample_launch(RAYS * SAMPLES, given)
-        return programs, RAYS * SAMPLES, [RAYS * SAMPLES / given["BLOCK_M"] / programs]
-    programs, _ = ray_launch(RAYS, given)
-    return programs, RAYS * SAMPLES, [RAYS / given["BLOCK_R"] / programs, triton.cdiv(SAMPLES, given["BLOCK_S"])]
+    programs, tiles = PER_MULTIPROCESSOR * MULTIPROCESSORS, triton.cdiv(SAMPLES, given["BLOCK_S"])  # tiles per ray
+    if launch.kernel == "_sdf_render_fwd_kernel":  # a ray per program
+        return RAYS, RAYS * SAMPLES, [tiles]
+    if launch.kernel == "_sdf_render_bwd_rgb_kernel":
+        return programs, RAYS * SAMPLES, [RAYS / programs, tiles]
+    return programs, RAYS * SAMPLES, [RAYS * tiles / programs]
 
 
 def instructions(sass, ttgir, trips):
@@ -126,10 +128,14 @@ def _sass_loops(sass):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="sm_90", help="as in tests/ahead_of_time.py; default: sm_90")
-    target, totals = parser.parse_args().target, {}
+    parser.add_argument("--products", choices=("tf32", "exact"), help="only these; default: both")
+    args, totals = parser.parse_args(), {}
+    target = args.target
     columns = "instructions", "stack", "registers", "shared"
     print(f"| kernel, {target} | products | {' | '.join(columns)} |\n|{'---|' * (2 + len(columns))}")
     for mode, launch in counted_launches():
+        if args.products not in (None, mode):
+            continue
         counted = count(launch, target)
         print(f"| {launch.kernel} | {mode} | {' | '.join(f'{counted[c]:.0f}' for c in columns)} |", flush=True)
         which = next(name for name, kernels in PASSES.items() if launch.kernel in kernels)

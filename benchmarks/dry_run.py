@@ -82,6 +82,9 @@ class DryRun(contextlib.ExitStack):
             mock.patch("torch.cuda.device_of", lambda tensor: contextlib.nullcontext()),
             mock.patch("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+            mock.patch(
+                "torch.cuda.get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+            ),  # H100
             # fake tensors have no address (the patch: offset in an allocation, which starts at a multiple of 512),
             mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
             # and there is no device to launch on.

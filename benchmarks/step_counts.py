@@ -235,7 +235,7 @@ def launch_flops(name, given, pairs):
     # a backward has two products for each of the forward: the gradients of both factors
     products = {"_sdf_render_fwd_kernel": distance + color, "_sdf_render_bwd_rgb_kernel": 2 * color,
                 "_sdf_render_bwd_sdf_kernel": 2 * distance}[name]  # fmt: skip
-    return 2 * given["R"] * given["S"] * products if "R" in given else 2 * given["N"] * products, _unit(None, given)
+    return 2 * given["edges_ptr"][:, 1:].numel() * products, _unit(None, given)
 
 
 def _unit(features, given):

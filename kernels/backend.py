@@ -94,6 +94,11 @@ def without_autocast(reference):
     return call
 
 
+def multiprocessors(tensor):
+    """Number of multiprocessors of the tensor's GPU; 1 on a CPU."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
 def capturing(device):
     """True during CUDA graph capture: tensors made then must not be cached, since replays overwrite them."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

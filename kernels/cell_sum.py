@@ -50,15 +50,14 @@ BLOCK_N = 32  # samples of a cell per iteration
 
 
 @triton.jit
-def cell_of(grid_coords, Z, Y, X):
+def cell_of(coords, volume_idx, Z, Y, X):
     """Index of each sample's cell; the largest int32, sorted after all cells, if no corner of it is in the volume.
 
-    grid_coords: as `sample_on_ray` in sdf_field.py returns them.
+    coords, volume_idx: as `sample_at` in sdf_gather.py returns them.
     """
-    ux, uy, uz, first = grid_coords  # first: volume index * Z
-    x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1  # cell 0 ends at voxel 0
+    x, y, z = tl.floor(coords[0]) + 1, tl.floor(coords[1]) + 1, tl.floor(coords[2]) + 1  # cell 0 ends at voxel 0
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
-    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)  # now the index among the slices of all volumes
+    z = volume_idx.to(tl.int64) * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)  # among the slices of all volumes
     cell = (z * (Y + 1) + tl.where(inside, y, 0.0).to(tl.int64)) * (X + 1) + tl.where(inside, x, 0.0).to(tl.int64)
     return tl.where(inside, cell, 2147483647).to(tl.int32)
 

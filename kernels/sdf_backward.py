@@ -31,34 +31,46 @@ import torch
 from unipad.kernels.backend import jit, on_triton, tl, triton
 from unipad.kernels.cell_sum import cell_of, cell_sum
 from unipad.kernels.sdf_field import (
+    BLOCK_S,
     COLORS,
     INPUTS,
-    activation_ptr,
-    add_row,
+    POINT,
     columns,
-    corner,
     geometry,
+    load_row,
+    opacity,
+    point_inputs,
+    point_product,
+    programs_for,
+    rgb_hidden,
+    sdf_hidden,
+    softplus,
+    softplus_grads,
+    tile_launch,
+    view_inputs,
+)
+from unipad.kernels.sdf_gather import (
+    cell_around,
+    corner_ptr,
     interpolate,
     interpolate_along,
+    load3,
+    load3_masked,
+    load_ray,
+    sample_at,
+    store3,
+    weight,
+    weight_along,
+)
+from unipad.kernels.sdf_weights import (
+    flatten,
+    from_first_order,
     linear,
     linear_bwd_input,
     linear_bwd_weight,
-    load3,
-    load_row,
-    new_scratch,
-    opacity,
-    product,
-    ray_launch,
-    ray_tile,
-    rgb_hidden,
-    rgb_inputs,
-    sample_launch,
-    sample_on_ray,
-    sdf_hidden,
-    sdf_inputs,
-    softplus,
-    softplus_grads,
-    store3,
+    operand,
+    rounded,
+    unflatten,
 )
 
 
@@ -74,7 +86,7 @@ def render_bwd(saved, upstream, options):
     if not R:
         return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, saved["density_param_ptr"])]
     _, Z, Y, X, CHANNELS = volume.shape
-    sizes = dict(S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS)
+    options = options | dict(Z=Z, Y=Y, X=X, CHANNELS=CHANNELS) | tile_launch(options, "BLOCK_S", BLOCK_S)
     # scatter: add to the volume's gradient atomically, which strict determinism forbids
     scatter, has_rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
     # written by the first kernel, read by the second, which overwrites d_feature unless it scatters
@@ -82,30 +94,30 @@ def render_bwd(saved, upstream, options):
     d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
     d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
 
-    programs, launch = ray_launch(R, options)
-    scratch = new_scratch(volume, programs, max(options["RGB_LAYERS"] - 1, 0), H)
+    programs = programs_for(R, volume)
     d_rgb_mlp, d_density_param = volume.new_zeros(programs, *rgb_mlp.shape), volume.new_empty(programs)
     _sdf_render_bwd_rgb_kernel[(programs,)](
         **saved, **{name: t.contiguous() for name, t in upstream.items()},
         d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
-        d_rgb_mlp_ptr=d_rgb_mlp, d_density_param_ptr=d_density_param, scratch_ptr=scratch,
-        R=R, **sizes, **options, **launch,
+        d_rgb_w_ptr=d_rgb_mlp, d_density_param_ptr=d_density_param, R=R, S=S, **options,
     )  # fmt: skip
     d_rgb_mlp = d_rgb_mlp.sum(0)  # summed now, to free the programs' sums before the next are allocated
+    if has_rgb:
+        d_rgb_mlp = from_first_order(d_rgb_mlp, options["RGB_LAYERS"], H, COLORS.value)
 
-    programs, launch = sample_launch(R * S, options)
-    scratch = new_scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)  # x_l and its derivative along v
+    programs = programs_for(R * triton.cdiv(S, options["BLOCK_S"]), volume)
     d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
+    scratch = volume.new_empty(programs, 2 * (options["SDF_LAYERS"] - 2), options["BLOCK_S"] * H)
     feature_hat = volume.new_empty(0 if scatter else R * S, C)
     cell = torch.empty(len(feature_hat), dtype=torch.int32, device=volume.device)
     _sdf_render_bwd_sdf_kernel[(programs,)](
         volume_ptr=volume, origins_ptr=saved["origins_ptr"], directions_ptr=saved["directions_ptr"],
         volume_idx_ptr=saved["volume_idx_ptr"], edges_ptr=edges,
-        cells_per_unit_ptr=saved["cells_per_unit_ptr"], cell_offset_ptr=saved["cell_offset_ptr"], sdf_mlp_ptr=sdf_mlp,
+        cells_per_unit_ptr=saved["cells_per_unit_ptr"], cell_offset_ptr=saved["cell_offset_ptr"],
+        sdf_mlp_ptr=sdf_mlp, sdf_w_ptr=saved["sdf_w_ptr"],
         d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
-        d_sdf_mlp_ptr=d_sdf_mlp, d_volume_ptr=d_volume, scratch_ptr=scratch,
-        feature_hat_ptr=feature_hat, cell_idx_ptr=cell,
-        N=R * S, **sizes, **options, SCATTER=scatter, **launch,
+        d_sdf_w_ptr=d_sdf_mlp, d_volume_ptr=d_volume, scratch_ptr=scratch,
+        feature_hat_ptr=feature_hat, cell_idx_ptr=cell, R=R, S=S, **options, SCATTER=scatter,
     )  # fmt: skip
     if not scatter:
         cell_sum(
@@ -113,7 +125,8 @@ def render_bwd(saved, upstream, options):
             origins=saved["origins_ptr"], directions=saved["directions_ptr"], edges=edges,
             cells_per_unit=saved["cells_per_unit_ptr"], cell_offset=saved["cell_offset_ptr"],
         )  # fmt: skip
-    return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density_param.sum(0, keepdim=True)
+    d_sdf_mlp = from_first_order(d_sdf_mlp.sum(0), options["SDF_LAYERS"], H, H)
+    return d_volume, d_sdf_mlp, d_rgb_mlp, d_density_param.sum(0, keepdim=True)
 
 
 @triton.jit
@@ -142,222 +155,287 @@ def _sdf_render_bwd_rgb_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr, rgb_mlp_ptr, density_param_ptr,  # packed, packed, [1]
+    sdf_mlp_ptr, rgb_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed x 2, from `operands` x 2
+    density_param_ptr,  # [1]
     depth_ptr, total_ptr,  # [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
     # upstream gradients: [R, 3], [R], [N], [N], [N, 3]
     up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
-    d_rgb_mlp_ptr, d_density_param_ptr,  # [programs, packed] zeros, [programs]
-    scratch_ptr,  # [programs, RGB_LAYERS - 1, M, H] scratch
-    R, S, Z, Y, X, CHANNELS,
+    d_rgb_w_ptr, d_density_param_ptr,  # [programs, packed] zeros, in the first order of `operands`; [programs]
+    R, S,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     STRIDE: tl.constexpr = C + 2 * H + INPUTS  # columns of W, A, G and E, as packed by `sdf_pack`
     ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLORS
-    last: tl.constexpr = (RGB_LAYERS - 1) * H * STRIDE
-    d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * STRIDE
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (RGB_LAYERS - 1) * BLOCK_R * BLOCK_S * H
+    LAST: tl.constexpr = (RGB_LAYERS - 1) * H * STRIDE
+    d_w_ptr = d_rgb_w_ptr + tl.program_id(0).to(tl.int64) * ROWS * STRIDE
     density_param = tl.load(density_param_ptr)
-    d_density_param = tl.zeros((BLOCK_R * BLOCK_S,), tl.float32)
+    d_density_param = tl.zeros((BLOCK_S,), tl.float32)
     tiles = tl.cdiv(S, BLOCK_S)
-    s = tl.arange(0, BLOCK_S)
-    is_behind = s[None, :, None] < s[None, None, :]  # [1, sample, other sample]: the other is behind
-    for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
-        behind = tl.zeros((BLOCK_R,), tl.float32)  # sum of weight * d_weight over the tiles behind
+    is_behind = tl.arange(0, BLOCK_S)[:, None] < tl.arange(0, BLOCK_S)[None, :]  # [sample, other sample]: other behind
+    for group in range(tl.program_id(0), R, tl.num_programs(0)):
+        r = tl.cast(group, tl.int64)
+        ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
+        direction, hit = ray[1], tl.load(hit_ptr + r)
+        depth = tl.load(depth_ptr + r)
+        # depth = depth_sum / (total + 1e-10), depth_sum = sum of weight * start
+        d_depth_sum = tl.load(up_depth_ptr + r) / (tl.load(total_ptr + r) + 1e-10)
+        behind = 0.0  # sum of weight * d_weight over the tiles behind
         for i in range(tiles):
-            r, n, ok, start, delta = ray_tile(edges_ptr, group, tiles - 1 - i, R, S, BLOCK_R, BLOCK_S)
-            point, direction, grid_coords = sample_on_ray(
-                origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
-            )
-            gradient = load3(gradient_ptr, n, ok)
+            s = (tiles - 1 - i) * BLOCK_S + tl.arange(0, BLOCK_S)
+            ok = s < S
+            n = r * S + s
+            start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+            delta = tl.load(edges_ptr + n + r + 1, mask=ok, other=0.0) - start
+            gradient = load3_masked(gradient_ptr, n, ok)
             sdf = tl.load(sdf_ptr + n, mask=ok, other=0.0)
             weight = tl.load(weights_ptr + n, mask=ok, other=0.0)
-            # depth = depth_sum / (total + 1e-10), depth_sum = sum of weight * start
-            d_depth_sum = tl.load(up_depth_ptr + r, mask=ok, other=0.0) / (
-                tl.load(total_ptr + r, mask=ok, other=1.0) + 1e-10
-            )
-            d_weight = tl.load(up_weights_ptr + n, mask=ok, other=0.0)
-            d_weight += d_depth_sum * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
+            d_weight = tl.load(up_weights_ptr + n, mask=ok, other=0.0) + d_depth_sum * (start - depth)
             if RGB_LAYERS > 0:
                 channel = tl.arange(0, COLORS)[None, :]
                 color_ok = ok[:, None] & (channel < 3)
                 color = tl.load(colors_ptr + 3 * n[:, None] + channel, mask=color_ok, other=0.0)
-                d_rgb = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=color_ok, other=0.0)
+                d_rgb = tl.load(up_rgb_ptr + 3 * r + channel, mask=channel < 3, other=0.0)
                 d_weight += tl.sum(d_rgb * color, axis=1)
 
-            term = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
+            term = tl.where(ok, weight * d_weight, 0.0)
             # summed anew for each sample: a cumulative sum minus the sample's own term would round away small terms
             # behind it
-            sum_behind = behind[:, None] + tl.sum(tl.where(is_behind, term[:, None, :], 0.0), axis=2)
-            behind += tl.sum(term, axis=1)
+            sum_behind = behind + tl.sum(tl.where(is_behind, term[None, :], 0.0), axis=1)
+            behind += tl.sum(term, axis=0)
             alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density_param, NEUS)
             k = 1.0 - tl.minimum(tl.maximum(alpha, 0.0), 1.0) + 1e-7
             trans = tl.load(trans_ptr + n, mask=ok, other=0.0)
-            d_alpha = trans * d_weight - tl.reshape(sum_behind, (BLOCK_R * BLOCK_S,)) / k
-            d_alpha = tl.where(ok & tl.load(hit_ptr + r, mask=ok, other=0), d_alpha, 0.0)
+            d_alpha = tl.where(ok & hit, trans * d_weight - sum_behind / k, 0.0)
             d_sdf, d_slope, d_param = opacity_bwd(d_alpha, sdf, gradient, direction, delta, density_param, NEUS)
             d_density_param += d_param
             tl.store(d_sdf_ptr + n, d_sdf + tl.load(up_sdf_ptr + n, mask=ok, other=0.0), mask=ok)
-            vx, vy, vz = load3(up_gradient_ptr, n, ok)
+            vx, vy, vz = load3_masked(up_gradient_ptr, n, ok)
             vx += d_slope * direction[0]
             vy += d_slope * direction[1]
             vz += d_slope * direction[2]
 
             if RGB_LAYERS > 0:
-                feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
-                # False: activations are not stored, only the geometry is needed here
-                x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, False, C, H, SDF_LAYERS, PREC)
-                geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-                e = rgb_inputs(point, direction, gradient)
-                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, True, C, H, RGB_LAYERS, PREC)
-                tl.debug_barrier()  # CUDA's __syncthreads: other threads read the scratch
-                d_out = d_rgb * weight[:, None] * color * (1.0 - color)  # w.r.t. the input of the color's sigmoid
-                zeros_c, zeros_h = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
-                zeros_e = tl.zeros((1, INPUTS), tl.float32)
-                d_x, d_feature, d_geo, d_e = _rgb_layer_bwd(
-                    d_out, x, feature, geo, e, rgb_mlp_ptr + last, d_mlp_ptr + last,
-                    zeros_c, zeros_h, zeros_e, C, H, PREC,
+                point, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
+                cell = cell_around(coords, volume_idx, Z, Y, X)
+                feature = interpolate(volume_ptr, cell, Z, Y, X, CHANNELS, C)
+                f = operand(feature, PREC)
+                xs = sdf_hidden(point, f, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC)
+                x = operand(xs[SDF_LAYERS - 2], PREC)
+                geo = geometry(x, f, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC)
+                view = view_inputs(direction, gradient)
+                g, v = operand(geo, PREC), operand(view, PREC)
+                xs = rgb_hidden(point, v, f, g, rgb_mlp_ptr, rgb_w_ptr, C, H, RGB_LAYERS, PREC)
+
+                conditions = (rounded(feature, PREC), rounded(geo, PREC), rounded(view, PREC))
+                p = rounded(point_inputs(point, 1), PREC)
+                # w.r.t. the input of the color's sigmoid
+                d_z = tl.where(ok[:, None], d_rgb * weight[:, None] * color * (1.0 - color), 0.0)
+                d_x, d_conditions = _rgb_layer_bwd(
+                    d_z, xs[RGB_LAYERS - 2], conditions, p, rgb_w_ptr, d_w_ptr, LAST,
+                    (tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32), tl.zeros((1, 8), tl.float32)),
+                    COLORS, C, H, RGB_LAYERS, PREC,
                 )  # fmt: skip
-                for j in range(RGB_LAYERS - 1):
-                    l = RGB_LAYERS - 2 - j
-                    d_z = tl.where(x > 0, d_x, 0.0)
-                    x = tl.load(activation_ptr(scratch_ptr, l, BLOCK_R * BLOCK_S, H))
-                    d_x, d_feature, d_geo, d_e = _rgb_layer_bwd(
-                        d_z, x, feature, geo, e, rgb_mlp_ptr + l * H * STRIDE, d_mlp_ptr + l * H * STRIDE,
-                        d_feature, d_geo, d_e, C, H, PREC,
+                for j in tl.static_range(RGB_LAYERS - 1):
+                    d_z = tl.where(xs[RGB_LAYERS - 2 - j] > 0, d_x, 0.0)
+                    x = xs[RGB_LAYERS - 3 - j] if j < RGB_LAYERS - 2 else None
+                    d_x, d_conditions = _rgb_layer_bwd(
+                        d_z, x, conditions, p, rgb_w_ptr, d_w_ptr, (RGB_LAYERS - 2 - j) * H * STRIDE,
+                        d_conditions, H, C, H, RGB_LAYERS, PREC,
                     )  # fmt: skip
-                d_gx, d_gy, d_gz = columns(d_e, 7)  # e has the SDF's gradient in columns 7 to 9
+                d_gx, d_gy, d_gz = columns(d_conditions[2], 3)  # the SDF's gradient is in columns 3 to 5
                 vx += d_gx
                 vy += d_gy
                 vz += d_gz
                 rows = n[:, None]
-                tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
-                tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
-                tl.debug_barrier()  # next, other threads add to the same MLP gradients and overwrite the scratch
+                tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_conditions[0], mask=ok[:, None])
+                tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_conditions[1], mask=ok[:, None])
+                tl.debug_barrier()  # with several warps: next, other threads add to the same weights' gradients
             store3(d_gradient_ptr, n, (vx, vy, vz), ok)
     tl.store(d_density_param_ptr + tl.program_id(0), tl.sum(d_density_param, axis=0))
 
 
 @triton.jit
 def _rgb_layer_bwd(
-    d_z, x, feature, geo, e, mlp_ptr, d_mlp_ptr, d_feature, d_geo, d_e,
-    C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
+    d_z, x, conditions, p, w_ptr, d_w_ptr, AT: tl.constexpr, d_conditions,
+    N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One layer of the color MLP: adds to its gradients and to d_feature, d_geo, d_e; returns d_x and these."""
-    STRIDE: tl.constexpr = C + 2 * H + INPUTS
-    linear_bwd_weight(d_mlp_ptr, STRIDE, d_z, x, None, PREC)
-    linear_bwd_weight(d_mlp_ptr + H, STRIDE, d_z, feature, None, PREC)
-    linear_bwd_weight(d_mlp_ptr + H + C, STRIDE, d_z, geo, None, PREC)
-    linear_bwd_weight(d_mlp_ptr + 2 * H + C, STRIDE, d_z, e, None, PREC)
-    d_feature = linear_bwd_input(d_z, mlp_ptr + H, STRIDE, d_feature, C, PREC)
-    d_geo = linear_bwd_input(d_z, mlp_ptr + H + C, STRIDE, d_geo, H, PREC)
-    d_e = linear_bwd_input(d_z, mlp_ptr + 2 * H + C, STRIDE, d_e, INPUTS, PREC)
-    return linear_bwd_input(d_z, mlp_ptr, STRIDE, tl.zeros((1, H), tl.float32), H, PREC), d_feature, d_geo, d_e
+    """The layer of the color MLP at AT: adds to its gradients and to d_conditions; returns d_x and d_conditions.
+
+    x: None in layer 0, whose x is 0. conditions: feature, geometry, view; they and p, from `point_inputs`, are rounded.
+    """
+    SECOND: tl.constexpr = ((LAYERS - 1) * H + COLORS) * (C + 2 * H + INPUTS)  # where the weights' second order begins
+    feature, geo, view = conditions
+    d_feature, d_geo, d_view = d_conditions
+    d_zt = tl.trans(rounded(d_z, PREC))
+    linear_bwd_weight(d_w_ptr, AT + H * N, d_zt, feature, None, None, PREC)
+    linear_bwd_weight(d_w_ptr, AT + (H + C) * N, d_zt, geo, None, None, PREC)
+    linear_bwd_weight(d_w_ptr, AT + (2 * H + C) * N, d_zt, view, None, None, PREC)
+    linear_bwd_weight(d_w_ptr, AT + (2 * H + C + POINT) * N, d_zt, p, None, None, PREC)
+    d_z = operand(d_z, PREC)
+    d_feature = linear_bwd_input(d_z, w_ptr, SECOND + AT + H * N, d_feature, C, PREC)
+    d_geo = linear_bwd_input(d_z, w_ptr, SECOND + AT + (H + C) * N, d_geo, H, PREC)
+    d_view = linear_bwd_input(d_z, w_ptr, SECOND + AT + (2 * H + C) * N, d_view, 8, PREC)
+    d_x = d_z
+    if x is not None:
+        linear_bwd_weight(d_w_ptr, AT, d_zt, rounded(x, PREC), None, None, PREC)
+        d_x = linear_bwd_input(d_z, w_ptr, SECOND + AT, tl.zeros((1, H), tl.float32), H, PREC)
+    return d_x, (d_feature, d_geo, d_view)
 
 
-@jit(varying=("N",))
+@jit(varying=("R",))
 def _sdf_render_bwd_sdf_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, edges_ptr,  # [R, 3] x 2, [R], [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr,  # packed
+    sdf_mlp_ptr, sdf_w_ptr,  # packed, from `operands`
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
-    d_sdf_mlp_ptr, d_volume_ptr,  # [programs, packed] zeros, [B, Z, Y, X, CHANNELS] zeros
-    scratch_ptr,  # [programs, 2, SDF_LAYERS - 1, M, H] scratch
+    d_sdf_w_ptr, d_volume_ptr,  # [programs, packed] zeros, in the first order; [B, Z, Y, X, CHANNELS] zeros
+    scratch_ptr,  # [programs, SDF_LAYERS - 2, 2, M * H] scratch: x_l and x._l, flattened
     feature_hat_ptr, cell_idx_ptr,  # [N, C], [N]: without SCATTER these and d_feature are written instead of d_volume
-    N, S, Z, Y, X, CHANNELS,
+    R, S,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     STRIDE: tl.constexpr = C + H + INPUTS  # columns of W, A and E, as packed by `sdf_pack`
-    ROWS: tl.constexpr = SDF_LAYERS * H + 1  # the last layer has 1 + H: distance and geometry
-    d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * STRIDE
-    scratch_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 1) * BLOCK_M * H
-    tangents_ptr = scratch_ptr + (SDF_LAYERS - 1) * BLOCK_M * H
-    c = tl.arange(0, C)[None, :]
-    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
-        n = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        ok = n < N
-        r = n // S
+    SECOND: tl.constexpr = (SDF_LAYERS * H + 1) * STRIDE  # where the weights' second order begins
+    LAST: tl.constexpr = (SDF_LAYERS - 1) * H * STRIDE
+    E: tl.constexpr = C + H + POINT
+    d_w_ptr = d_sdf_w_ptr + tl.program_id(0).to(tl.int64) * SECOND
+    scratch_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 2) * BLOCK_S * H
+    c, h, flat = tl.arange(0, C)[None, :], tl.arange(0, H)[None, :], tl.arange(0, BLOCK_S * H)
+    tiles = tl.cdiv(S, BLOCK_S)  # per ray
+    for tile in range(tl.program_id(0), R * tiles, tl.num_programs(0)):
+        r = (tile // tiles).to(tl.int64)
+        s = tile % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
+        ok = s < S
+        n = r * S + s
+        ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
         start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
-        point, _, grid_coords = sample_on_ray(
-            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
-        )
-        v = load3(d_gradient_ptr, n, ok)
-        vx = v[0] * tl.load(cells_per_unit_ptr)  # v in grid coordinates
-        vy = v[1] * tl.load(cells_per_unit_ptr + 1)
-        vz = v[2] * tl.load(cells_per_unit_ptr + 2)
-        feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
-        along = interpolate_along(volume_ptr, grid_coords, ok, vx, vy, vz, Z, Y, X, CHANNELS, C)  # f.
-        e, e_dot = sdf_inputs(point, 1.0), sdf_inputs(v, 0.0)
-        zero = tl.zeros((1, H), tl.float32)
-        x = tl.zeros((BLOCK_M, H), tl.float32)
+        point, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
+        v = load3_masked(d_gradient_ptr, n, ok)
+        feature, along = interpolate_along(
+            volume_ptr, cell_around(coords, volume_idx, Z, Y, X), to_grid(v, cells_per_unit_ptr), Z, Y, X, CHANNELS, C
+        )  # along: f.
+        d_sdf, one = tl.load(d_sdf_ptr + n, mask=ok, other=0.0), tl.where(ok, 1.0, 0.0)
+        # the last layer's row of the distance, behind all other rows; of the columns of E only that of the bias is used
+        add_row(d_w_ptr, SECOND - STRIDE + H, tl.sum(d_sdf[:, None] * feature + along, axis=0))
+        bias_ptr = d_w_ptr + (SECOND - STRIDE + E + 3)
+        tl.store(bias_ptr, tl.load(bias_ptr) + tl.sum(d_sdf, axis=0))
+
+        f, f_dot = operand(feature, PREC), operand(along, PREC)
+        x = tl.zeros((BLOCK_S, H), tl.float32)
         x_dot = x
-        for l in range(SDF_LAYERS - 1):
-            tl.store(activation_ptr(scratch_ptr, l, BLOCK_M, H), x)
-            tl.store(activation_ptr(tangents_ptr, l, BLOCK_M, H), x_dot)
-            layer_ptr = sdf_mlp_ptr + l * H * STRIDE
-            z_dot = linear(e_dot, layer_ptr + H + C, STRIDE, zero, H, PREC)
-            z_dot = linear(x_dot, layer_ptr, STRIDE, linear(along, layer_ptr + H, STRIDE, z_dot, H, PREC), H, PREC)
-            z = linear(feature, layer_ptr + H, STRIDE, linear(e, layer_ptr + H + C, STRIDE, zero, H, PREC), H, PREC)
-            x = softplus(linear(x, layer_ptr, STRIDE, z, H, PREC))
+        for l in tl.static_range(SDF_LAYERS - 1):
+            z = load_row(sdf_mlp_ptr, l * H * STRIDE + E + 3, H, STRIDE)  # the bias
+            z_dot = tl.zeros((1, H), tl.float32)
+            if l == 0:
+                z += point_product(point, sdf_mlp_ptr, E, H, STRIDE)
+                z_dot += point_product(v, sdf_mlp_ptr, E, H, STRIDE)
+            else:
+                tl.store(scratch_ptr + ((2 * l - 2) * BLOCK_S * H + flat), flatten(x))
+                tl.store(scratch_ptr + ((2 * l - 1) * BLOCK_S * H + flat), flatten(x_dot))
+                z = linear(operand(x, PREC), sdf_w_ptr, l * H * STRIDE, z, H, PREC)
+                z_dot = linear(operand(x_dot, PREC), sdf_w_ptr, l * H * STRIDE, z_dot, H, PREC)
+            x = softplus(linear(f, sdf_w_ptr, l * H * STRIDE + H * H, z, H, PREC))
+            z_dot = linear(f_dot, sdf_w_ptr, l * H * STRIDE + H * H, z_dot, H, PREC)
             x_dot = softplus_grads(x)[0] * z_dot
-        tl.debug_barrier()  # other threads read the scratch
+        tl.debug_barrier()  # with several warps, other threads may read the scratch
 
         # the last layer: row 0 is of the distance, the others are of the geometry
-        last: tl.constexpr = (SDF_LAYERS - 1) * H * STRIDE
-        d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)[:, None]
-        d_x = d_sdf * load_row(sdf_mlp_ptr + last, H)  # x-
-        d_feature = d_sdf * load_row(sdf_mlp_ptr + last + H, C)  # f-
-        x_hat = tl.broadcast_to(load_row(sdf_mlp_ptr + last, H), (BLOCK_M, H))  # x^
-        feature_hat = tl.broadcast_to(load_row(sdf_mlp_ptr + last + H, C), (BLOCK_M, C))  # f^
-        add_row(d_mlp_ptr + last, tl.sum(d_sdf * x + x_dot, axis=0))
-        add_row(d_mlp_ptr + last + H, tl.sum(d_sdf * feature + along, axis=0))
-        add_row(d_mlp_ptr + last + H + C, tl.sum(d_sdf * e, axis=0))  # without e_dot: only layer 0 reads the point
+        add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + one[:, None] * x_dot, axis=0))
+        d_x = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x-
+        d_feature = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST + H, C)  # f-
+        x_hat = one[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x^
+        feature_hat = one[:, None] * load_row(sdf_mlp_ptr, LAST + H, C)  # f^
+        feature, along = rounded(feature, PREC), rounded(along, PREC)
+        p, p_dot = rounded(point_inputs(point, 1), PREC), rounded(point_inputs(v, 0), PREC)
         if RGB_LAYERS > 0:
-            h = tl.arange(0, H)[None, :]
             d_feature += tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
             d_geo = tl.load(d_geometry_ptr + n[:, None] * H + h, mask=ok[:, None], other=0.0)
-            d_x = linear_bwd_input(d_geo, sdf_mlp_ptr + last + STRIDE, STRIDE, d_x, H, PREC)
-            d_feature = linear_bwd_input(d_geo, sdf_mlp_ptr + last + STRIDE + H, STRIDE, d_feature, C, PREC)
-            linear_bwd_weight(d_mlp_ptr + last + STRIDE, STRIDE, d_geo, x, None, PREC)
-            linear_bwd_weight(d_mlp_ptr + last + STRIDE + H, STRIDE, d_geo, feature, None, PREC)
-            linear_bwd_weight(d_mlp_ptr + last + STRIDE + H + C, STRIDE, d_geo, e, None, PREC)
-        for i in range(SDF_LAYERS - 1):
-            l = SDF_LAYERS - 2 - i
+            d_z, d_zt = operand(d_geo, PREC), tl.trans(rounded(d_geo, PREC))
+            d_x = linear_bwd_input(d_z, sdf_w_ptr, SECOND + LAST, d_x, H, PREC)
+            d_feature = linear_bwd_input(d_z, sdf_w_ptr, SECOND + LAST + H * H, d_feature, C, PREC)
+            linear_bwd_weight(d_w_ptr, LAST, d_zt, rounded(x, PREC), None, None, PREC)
+            linear_bwd_weight(d_w_ptr, LAST + H * H, d_zt, feature, None, None, PREC)
+            linear_bwd_weight(d_w_ptr, LAST + H * E, d_zt, p, None, None, PREC)
+        for i in tl.static_range(SDF_LAYERS - 1):
+            # of layer SDF_LAYERS - 2 - i
             act_grad, ratio = softplus_grads(x)  # act', act'' / act'
             d_z = d_x * act_grad + x_hat * x_dot * ratio  # x_dot * ratio = act'' z_dot
             z_hat = x_hat * act_grad
-            x = tl.load(activation_ptr(scratch_ptr, l, BLOCK_M, H))
-            x_dot = tl.load(activation_ptr(tangents_ptr, l, BLOCK_M, H))
-            layer_ptr, d_layer_ptr = sdf_mlp_ptr + l * H * STRIDE, d_mlp_ptr + l * H * STRIDE
-            linear_bwd_weight(d_layer_ptr, STRIDE, d_z, x, product(tl.trans(z_hat), x_dot, None, PREC), PREC)
-            linear_bwd_weight(d_layer_ptr + H, STRIDE, d_z, feature, product(tl.trans(z_hat), along, None, PREC), PREC)
-            linear_bwd_weight(d_layer_ptr + H + C, STRIDE, d_z, e, product(tl.trans(z_hat), e_dot, None, PREC), PREC)
-            d_feature = linear_bwd_input(d_z, layer_ptr + H, STRIDE, d_feature, C, PREC)
-            feature_hat = linear_bwd_input(z_hat, layer_ptr + H, STRIDE, feature_hat, C, PREC)
-            d_x = linear_bwd_input(d_z, layer_ptr, STRIDE, zero, H, PREC)
-            x_hat = linear_bwd_input(z_hat, layer_ptr, STRIDE, zero, H, PREC)
-        tl.debug_barrier()  # next, other threads add to the same MLP gradients and overwrite the scratch
+            d_zt, z_hat_t = tl.trans(rounded(d_z, PREC)), tl.trans(rounded(z_hat, PREC))
+            d_z, z_hat = operand(d_z, PREC), operand(z_hat, PREC)
+            at = (SDF_LAYERS - 2 - i) * H * STRIDE
+            linear_bwd_weight(d_w_ptr, at + H * H, d_zt, feature, z_hat_t, along, PREC)
+            d_feature = linear_bwd_input(d_z, sdf_w_ptr, SECOND + at + H * H, d_feature, C, PREC)
+            feature_hat = linear_bwd_input(z_hat, sdf_w_ptr, SECOND + at + H * H, feature_hat, C, PREC)
+            if i < SDF_LAYERS - 2:
+                linear_bwd_weight(d_w_ptr, at + H * E, d_zt, p, None, None, PREC)
+                x_ptr = scratch_ptr + (2 * (SDF_LAYERS - 3 - i) * BLOCK_S * H + flat)
+                x, x_dot = unflatten(tl.load(x_ptr), BLOCK_S, H), unflatten(tl.load(x_ptr + BLOCK_S * H), BLOCK_S, H)
+                linear_bwd_weight(d_w_ptr, at, d_zt, rounded(x, PREC), z_hat_t, rounded(x_dot, PREC), PREC)
+                d_x = linear_bwd_input(d_z, sdf_w_ptr, SECOND + at, tl.zeros((1, H), tl.float32), H, PREC)
+                x_hat = linear_bwd_input(z_hat, sdf_w_ptr, SECOND + at, tl.zeros((1, H), tl.float32), H, PREC)
+            else:  # only layer 0 reads the point
+                linear_bwd_weight(d_w_ptr, at + H * E, d_zt, p, z_hat_t, p_dot, PREC)
+        tl.debug_barrier()  # with several warps: next, other threads write to the same gradients and scratch
 
-        # recomputed: otherwise `grid_coords` and v would occupy registers throughout the layers
+        # loaded and computed anew: otherwise these values would occupy registers throughout the layers
+        ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
         start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
-        _, _, grid_coords = sample_on_ray(
-            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
-        )
+        _, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
         if SCATTER:
-            v = load3(d_gradient_ptr, n, ok)
-            vx = v[0] * tl.load(cells_per_unit_ptr)
-            vy = v[1] * tl.load(cells_per_unit_ptr + 1)
-            vz = v[2] * tl.load(cells_per_unit_ptr + 2)
-            for k in range(8):
-                row, row_ok, weight, bx, by, bz = corner(grid_coords, ok, Z, Y, X, k)
-                d_row = weight[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * feature_hat
-                c_ok = row_ok[:, None] & (c < CHANNELS)
-                tl.atomic_add(d_volume_ptr + row[:, None] * CHANNELS + c, d_row, mask=c_ok, sem="relaxed")
+            cell, v = cell_around(coords, volume_idx, Z, Y, X), load3_masked(d_gradient_ptr, n, ok)
+            scatter(
+                d_volume_ptr, cell, to_grid(v, cells_per_unit_ptr), d_feature, feature_hat, ok,
+                Z, Y, X, CHANNELS, C, PREC,
+            )  # fmt: skip
         else:
             tl.store(d_feature_ptr + n[:, None] * C + c, d_feature, mask=ok[:, None])
             tl.store(feature_hat_ptr + n[:, None] * C + c, feature_hat, mask=ok[:, None])
-            tl.store(cell_idx_ptr + n, cell_of(grid_coords, Z, Y, X), mask=ok)
+            tl.store(cell_idx_ptr + n, cell_of(coords, volume_idx, Z, Y, X), mask=ok)
+
+
+@triton.jit
+def to_grid(v, cells_per_unit_ptr):
+    """v in grid coordinates."""
+    scale = load3(cells_per_unit_ptr, 0)
+    return v[0] * scale[0], v[1] * scale[1], v[2] * scale[2]
+
+
+@triton.jit
+def add_row(ptr, AT: tl.constexpr, value):
+    """Add value [K] to a row of this program's own packed gradient."""
+    out_ptr = ptr + (AT + tl.arange(0, value.shape[0]))
+    tl.store(out_ptr, tl.load(out_ptr) + value)
+
+
+@triton.jit
+def scatter(
+    d_volume_ptr, cell, v, d_feature, feature_hat, ok,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Add the tile's part of the volume's gradient, of the samples `ok`; v in grid coordinates.
+
+    Samples in one cell, often several in succession on a ray, are summed first: an element is added once per cell.
+    """
+    M: tl.constexpr = d_feature.shape[0]
+    row = cell[0]
+    m = tl.arange(0, M)
+    same = row[:, None] == row[None, :]  # [M, M]
+    is_first = tl.sum(tl.where(same & (m[None, :] < m[:, None]), 1, 0), axis=1) == 0  # sums its cell's samples
+    adds = (is_first & ok)[:, None]
+    d_feature, feature_hat = rounded(d_feature, PREC), rounded(feature_hat, PREC)
+    if CHANNELS < C:
+        adds = adds & (tl.arange(0, C)[None, :] < CHANNELS)
+    for z in range(2):
+        for k in tl.static_range(4):
+            a, b = rounded(weight(cell, z, k), PREC), rounded(weight_along(cell, v, z, k), PREC)
+            a, b = tl.where(same, a[None, :], 0.0), tl.where(same, b[None, :], 0.0)
+            d_row = tl.dot(b, feature_hat, tl.dot(a, d_feature, input_precision=PREC), input_precision=PREC)
+            tl.atomic_add(corner_ptr(d_volume_ptr, cell, z, k, Z, Y, X, CHANNELS, C), d_row, mask=adds, sem="relaxed")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
-from unipad.kernels.sdf_field import COLORS, INPUTS, padded_width
+from unipad.kernels.sdf_field import COLORS, INPUTS, POINT, padded_width
 from unipad.kernels.sdf_reference import fold
 
 
@@ -74,7 +74,7 @@ def pack_ref(sdf_mlp, rgb_mlp, channels):
             F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),  # 0 in the rows of layer 0: x_0 = 0
             F.pad(feature, (0, C - channels)),
             F.pad(geometry, (0, H - hidden)) if is_rgb else zeros[:, :0],
-            F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, 10:],  # E: 10 columns, padding
+            direction, gradient, zeros[:, :2], F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, zeros[:, 12:],  # E
         ]  # fmt: skip
         layers = torch.cat(columns, dim=1).split([len(w) for w in W])
         padding = [H - hidden] * (len(W) - 1) + [COLORS.value - 3 if is_rgb else H - hidden]  # rows of 0
@@ -166,16 +166,16 @@ def _place(
 def _columns(
     at, is_rgb, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The layout: for packed columns from `at` on, [1, BLOCK], the columns of C_l (-1: none), and those of E (others
-    are not from 0 to 15)."""
+    """The layout: for packed columns from `at` on, [1, BLOCK], the columns of C_l (-1: none), and those of E, counted
+    from p's first."""
     j = at - H + tl.arange(0, BLOCK)[None, :].to(tl.int64)  # behind the columns of W
     g = tl.where(is_rgb, j - C, -1)
-    e = j - C - tl.where(is_rgb, H, 0)
+    e = j - C - tl.where(is_rgb, H, 0) - POINT
     column = tl.where((j >= 0) & (j < CHANNELS), j + tl.where(is_rgb, 3, 0), -1)
     column = tl.where((g >= 0) & (g < HIDDEN), CHANNELS + 6 + g, column)
-    # E: the point 0 to 2, the bias 3, direction 4 to 6, gradient 7 to 9
-    column = tl.where(is_rgb & (e >= 4) & (e < 7), e - 4, column)
-    return tl.where(is_rgb & (e >= 7) & (e < 10), CHANNELS + e - 4, column), e
+    # E: direction -8 to -6, gradient -5 to -3, the point 0 to 2, the bias 3
+    column = tl.where(is_rgb & (e >= -8) & (e < -5), e + 8, column)
+    return tl.where(is_rgb & (e >= -5) & (e < -2), CHANNELS + e + 8, column), e
 
 
 @triton.jit

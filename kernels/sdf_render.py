@@ -8,7 +8,7 @@ where geometry is a vector of H numbers. Colors and NeuS's opacities depend on g
 of the distance: see kernels/sdf_backward.py.
 
 Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples per tile, which a program computes at
-once. In kernels, C and H are padded, CHANNELS is the volume's C.
+once. In kernels, C and H are padded, CHANNELS is the volume's C; the volume's sizes are constants there, one per model.
 """
 
 from collections.abc import Sequence
@@ -21,30 +21,34 @@ from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
 from unipad.kernels.sdf_backward import render_bwd
 from unipad.kernels.sdf_field import (
+    BLOCK_S,
     COLORS,
+    SEARCH_BLOCK,
     color_of,
     columns,
     distance,
     distance_bwd,
     geometry,
-    interpolate,
-    interpolate_bwd_coords,
-    new_scratch,
     opacity,
     padded_width,
     precision,
-    ray_launch,
-    ray_tile,
     rgb_hidden,
-    rgb_inputs,
-    sample_launch,
-    sample_on_ray,
     sdf_hidden,
-    sdf_inputs,
+    tile_launch,
+    view_inputs,
+)
+from unipad.kernels.sdf_gather import (
+    cell_around,
+    interpolate,
+    interpolate_with_slopes,
+    load3,
+    load_ray,
+    sample_at,
     store3,
 )
 from unipad.kernels.sdf_pack import pack, pack_ref
 from unipad.kernels.sdf_reference import field_ref, values_ref
+from unipad.kernels.sdf_weights import operand, operands
 
 METHODS = ("neus", "volsdf")
 WIDTH_RANGE, LAYERS_RANGE = (16, 64), (2, 8)  # (smallest, largest): channels and hidden units, layers of an MLP
@@ -78,12 +82,11 @@ def sdf_render(
                 cell_offset; integers are voxel centers.
         method: "neus" or "volsdf".
         exact:  compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
-                10-bit mantissa). tf32x3 computes three products instead of one, in smaller tiles; its cost was not
-                measured on a GPU.
-        stop:   transmittance below which a ray needs no more samples; one that does not hit needs none. Rays whose
-                samples share tiles end together, with the first tile behind which none of them needs more. `weights`,
-                `sdf` and `gradient` of the samples behind are 0; `rgb` is off by less than `stop`, `depth` by less than
-                `stop` times the ray's length. 0: off; above 0 only under `no_grad`.
+                10-bit mantissa). tf32x3 computes three products instead of one; its cost was not measured on a GPU.
+        stop:   transmittance below which a ray needs no more samples; one that does not hit needs none. It ends with
+                the first tile behind which it needs no more. `weights`, `sdf` and `gradient` of the samples behind are
+                0; `rgb` is off by less than `stop`, `depth` by less than `stop` times the ray's length. 0: off; above 0
+                only under `no_grad`.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.
@@ -145,16 +148,16 @@ def sdf_values(
     (R, S), PREC = starts.shape, precision(exact)
     sdf = starts.new_empty(R, S)
     if sdf.numel():
-        (packed_mlp, _), sizes = _pack(volume, (sdf_mlp, None))
-        _, Z, Y, X, CHANNELS = volume.shape
+        (mlp, _), sizes = _pack(volume, (sdf_mlp, None))
+        C, H, LAYERS = (sizes[name] for name in ("C", "H", "SDF_LAYERS"))
         cells_per_unit, cell_offset = cells
-        _, launch = sample_launch(R * S, sizes | dict(PREC=PREC))
+        launch = tile_launch(sizes, "BLOCK_M", SEARCH_BLOCK)
         _sdf_values_kernel[(triton.cdiv(R * S, launch["BLOCK_M"]),)](
             volume_ptr=volume.contiguous(), origins_ptr=origins.contiguous(), directions_ptr=directions.contiguous(),
             volume_idx_ptr=volume_idx.contiguous(), starts_ptr=starts.contiguous(),
             cells_per_unit_ptr=cells_per_unit.contiguous(), cell_offset_ptr=cell_offset.contiguous(),
-            mlp_ptr=packed_mlp, sdf_ptr=sdf, R=R, S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS,
-            C=sizes["C"], H=sizes["H"], LAYERS=sizes["SDF_LAYERS"], PREC=PREC, **launch,
+            mlp_ptr=mlp, w_ptr=operands(mlp, LAYERS, H, H, PREC), sdf_ptr=sdf, R=R, S=S,
+            **_volume_sizes(volume), C=C, H=H, LAYERS=LAYERS, PREC=PREC, **launch,
         )  # fmt: skip
     return sdf
 
@@ -186,6 +189,8 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
     shapes = [tuple(t.shape) for t in (volume, origins, directions, volume_idx, starts)]
     assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
+    # kernels number voxels and samples in int32
+    assert volume[..., 0].numel() < 2**31 and starts.numel() < 2**31, f"{shapes} have 2^31 voxels or samples, or more"
     assert all(t.shape == (3,) for t in cells), (
         f"cells_per_unit and cell_offset are [3] each, not {[tuple(t.shape) for t in cells]}"
     )
@@ -201,6 +206,11 @@ def _pack(volume, mlps, packs=pack):
     return packs(sdf, rgb, channels), sizes
 
 
+def _volume_sizes(volume):
+    """The volume's sizes by name of the kernels' constants."""
+    return dict(zip(("Z", "Y", "X", "CHANNELS"), volume.shape[1:], strict=True))
+
+
 class SdfRender(torch.autograd.Function):
     @staticmethod
     def forward(ctx, volume, sdf_mlp, rgb_mlp, density_param, ray_tensors, options, stop):
@@ -208,19 +218,19 @@ class SdfRender(torch.autograd.Function):
         R, S = len(edges), edges.shape[1] - 1
         rgb = edges.new_empty(R, 3) if options["RGB_LAYERS"] else edges.new_zeros(R, 3)
         new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all samples up to where it stops
+        H, LAYERS, RGB_LAYERS, PREC = (options[name] for name in ("H", "SDF_LAYERS", "RGB_LAYERS", "PREC"))
         saved = dict(
             volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, rgb_mlp_ptr=rgb_mlp, density_param_ptr=density_param, **ray_tensors,
+            sdf_w_ptr=operands(sdf_mlp, LAYERS, H, H, PREC) if R else sdf_mlp,
+            rgb_w_ptr=operands(rgb_mlp, RGB_LAYERS, H, COLORS.value, PREC) if R and RGB_LAYERS else rgb_mlp,
             depth_ptr=edges.new_empty(R), total_ptr=edges.new_empty(R),
             weights_ptr=new(R, S), trans_ptr=new(R, S), sdf_ptr=new(R, S), gradient_ptr=new(R, S, 3),
-            colors_ptr=edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0),
+            colors_ptr=edges.new_empty(R, S, 3 if RGB_LAYERS else 0),
         )  # fmt: skip
         if R:
-            _, Z, Y, X, CHANNELS = volume.shape
-            programs, launch = ray_launch(R, options)
-            scratch = new_scratch(volume, programs, options["SDF_LAYERS"] - 1, options["H"])
-            _sdf_render_fwd_kernel[(programs,)](
-                **saved, rgb_ptr=rgb, scratch_ptr=scratch, R=R, S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS,
-                STOP=stop, **options, **launch,
+            _sdf_render_fwd_kernel[(R,)](
+                **saved, rgb_ptr=rgb, S=S, STOP=stop, **_volume_sizes(volume), **options,
+                **tile_launch(options, "BLOCK_S", BLOCK_S),
             )  # fmt: skip
         ctx.options, ctx.names = options, tuple(saved)
         ctx.save_for_backward(*saved.values())
@@ -248,101 +258,104 @@ class SdfRender(torch.autograd.Function):
 def _sdf_values_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, starts_ptr,  # [R, 3] x 2, [R], [N]
-    cells_per_unit_ptr, cell_offset_ptr, mlp_ptr,  # [3], [3], packed
+    cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
+    mlp_ptr, w_ptr,  # packed, from `operands`
     sdf_ptr,  # [N]
-    R, S, Z, Y, X, CHANNELS,
+    R, S,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = n // S
+    n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = n // S  # int32: R * S is below 2^31
     ok = r < R
+    n = n.to(tl.int64)
+    ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, tl.minimum(r, R - 1).to(tl.int64))
     start = tl.load(starts_ptr + n, mask=ok, other=0.0)
-    point, _, grid_coords = sample_on_ray(
-        origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
-    )
-    feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
-    # 1.0: the bias's entry. False: activations are not stored, so the second mlp_ptr, in place of scratch, is not used
-    x = sdf_hidden(sdf_inputs(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
-    tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
+    point, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
+    cell = cell_around(coords, volume_idx, Z, Y, X)
+    feature = interpolate(volume_ptr, cell, Z, Y, X, CHANNELS, C)
+    xs = sdf_hidden(point, operand(feature, PREC), mlp_ptr, w_ptr, C, H, LAYERS, PREC)
+    tl.store(sdf_ptr + n, distance(xs[LAYERS - 2], feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
 
-@jit(varying=("R",))
+@jit
 def _sdf_render_fwd_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr, rgb_mlp_ptr, density_param_ptr,  # packed, packed, [1]
+    sdf_mlp_ptr, rgb_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed x 2, from `operands` x 2
+    density_param_ptr,  # [1]
     rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
-    scratch_ptr,  # [programs, SDF_LAYERS - 1, M, H] scratch
-    R, S, Z, Y, X, CHANNELS,
+    S,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, STOP: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, STOP: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
+    hit = tl.load(hit_ptr + r)
     density_param = tl.load(density_param_ptr)
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (SDF_LAYERS - 1) * BLOCK_R * BLOCK_S * H
-    for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
-        passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # transmittance up to the tile
-        if STOP > 0:  # then `passed` starts at 0 for rays that miss or do not exist: they need no samples
-            ray = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-            passed = tl.load(hit_ptr + ray, mask=ray < R, other=0).to(tl.float32)
-        total = tl.zeros((BLOCK_R,), tl.float32)
-        depth_sum, red, green, blue = total, total, total, total
-        tile, tiles = 0, tl.cdiv(S, BLOCK_S)
-        while tile < tiles:
-            r, n, ok, start, delta = ray_tile(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
-            point, direction, grid_coords = sample_on_ray(
-                origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
-            )
-            feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
-            x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, True, C, H, SDF_LAYERS, PREC)
-            sdf = distance(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
-            tl.debug_barrier()  # CUDA's __syncthreads: other threads read the scratch
-            # d sdf / d p at a fixed feature, d sdf / d f
-            qx, qy, qz, sdf_by_feature = distance_bwd(x, sdf_mlp_ptr, scratch_ptr, C, H, SDF_LAYERS, PREC)
-            # ... and through the feature, per cell
-            gx, gy, gz = interpolate_bwd_coords(volume_ptr, grid_coords, ok, sdf_by_feature, Z, Y, X, CHANNELS, C)
-            gx = gx * tl.load(cells_per_unit_ptr) + qx
-            gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
-            gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
-            gradient = (gx, gy, gz)
+    passed = 1.0  # transmittance up to the tile
+    if STOP > 0:  # then `passed` starts at 0 for rays that miss: they need no samples
+        passed = hit.to(tl.float32)
+    total, depth_sum, red, green, blue = 0.0, 0.0, 0.0, 0.0, 0.0
+    tile, tiles = 0, tl.cdiv(S, BLOCK_S)
+    while tile < tiles:
+        s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+        ok = s < S
+        n = r * S + s
+        start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+        delta = tl.load(edges_ptr + n + r + 1, mask=ok, other=0.0) - start
+        point, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
+        cell = cell_around(coords, volume_idx, Z, Y, X)
+        feature, slopes = interpolate_with_slopes(volume_ptr, cell, Z, Y, X, CHANNELS, C)
+        feature_operand = operand(feature, PREC)
+        xs = sdf_hidden(point, feature_operand, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC)
+        sdf = distance(xs[SDF_LAYERS - 2], feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
+        # d sdf / d p at a fixed feature, d sdf / d f
+        qx, qy, qz, sdf_by_feature = distance_bwd(xs, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC)
+        # ... and through the feature, per cell
+        scale = load3(cells_per_unit_ptr, 0)
+        gx = tl.sum(sdf_by_feature * slopes[0], axis=1) * scale[0] + qx
+        gy = tl.sum(sdf_by_feature * slopes[1], axis=1) * scale[1] + qy
+        gz = tl.sum(sdf_by_feature * slopes[2], axis=1) * scale[2] + qz
+        gradient = (gx, gy, gz)
 
-            alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density_param, NEUS)
-            hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
-            alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
-            # what each sample lets through, 1 beyond the last; k >= 1e-7, so dividing by it is safe
-            k = tl.where(tl.reshape(ok, (BLOCK_R, BLOCK_S)), 1.0 - alpha + 1e-7, 1.0)
-            through = passed[:, None] * tl.cumprod(k, axis=1)  # transmittance behind the sample
-            trans = through / k  # in front of it
-            weight = trans * alpha
-            is_last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
-            passed = tl.sum(tl.where(is_last, through, 0.0), axis=1)
-            total += tl.sum(weight, axis=1)
-            depth_sum += tl.sum(weight * tl.reshape(start, (BLOCK_R, BLOCK_S)), axis=1)
-            flat_weight = tl.reshape(weight, (BLOCK_R * BLOCK_S,))
-            tl.store(weights_ptr + n, flat_weight, mask=ok)
-            tl.store(trans_ptr + n, tl.reshape(trans, (BLOCK_R * BLOCK_S,)), mask=ok)
-            tl.store(sdf_ptr + n, sdf, mask=ok)
-            store3(gradient_ptr, n, gradient, ok)
-            if RGB_LAYERS > 0:
-                geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-                e = rgb_inputs(point, direction, gradient)
-                # False: activations are not stored
-                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, False, C, H, RGB_LAYERS, PREC)
-                color = color_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
-                channel = tl.arange(0, COLORS)[None, :]
-                tl.store(colors_ptr + 3 * n[:, None] + channel, color, mask=ok[:, None] & (channel < 3))
-                r_, g_, b_ = columns(color * flat_weight[:, None], 0)
-                red += tl.sum(tl.reshape(r_, (BLOCK_R, BLOCK_S)), axis=1)
-                green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
-                blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)
-            tl.debug_barrier()  # the next tile overwrites the scratch
-            tile += 1
-            if STOP > 0:
-                tiles = tl.where(tl.max(passed, axis=0) < STOP, tile, tiles)  # ends the loop
-        r = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        tl.store(depth_ptr + r, depth_sum / (total + 1e-10), mask=r < R)
-        tl.store(total_ptr + r, total, mask=r < R)
+        alpha, _, _, _ = opacity(sdf, gradient, ray[1], delta, density_param, NEUS)
+        alpha = tl.where(ok & hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0)
+        # what each sample lets through, 1 beyond the last; k >= 1e-7, so dividing by it is safe
+        k = tl.where(ok, 1.0 - alpha + 1e-7, 1.0)
+        through = passed * tl.cumprod(k, axis=0)  # transmittance behind the sample
+        trans = through / k  # in front of it
+        weight = trans * alpha
+        passed = tl.sum(tl.where(tl.arange(0, BLOCK_S) == BLOCK_S - 1, through, 0.0), axis=0)
+        total += tl.sum(weight, axis=0)
+        depth_sum += tl.sum(weight * start, axis=0)
+        tl.store(weights_ptr + n, weight, mask=ok)
+        tl.store(trans_ptr + n, trans, mask=ok)
+        tl.store(sdf_ptr + n, sdf, mask=ok)
+        store3(gradient_ptr, n, gradient, ok)
         if RGB_LAYERS > 0:
-            store3(rgb_ptr, r, (red, green, blue), r < R)
+            x = operand(xs[SDF_LAYERS - 2], PREC)
+            geo = operand(geometry(x, feature_operand, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC), PREC)
+            view = operand(view_inputs(ray[1], gradient), PREC)
+            xs = rgb_hidden(point, view, feature_operand, geo, rgb_mlp_ptr, rgb_w_ptr, C, H, RGB_LAYERS, PREC)
+            color = color_of(
+                xs[RGB_LAYERS - 2], view, feature_operand, geo, rgb_mlp_ptr, rgb_w_ptr, C, H, RGB_LAYERS, PREC
+            )
+            channel = tl.arange(0, COLORS)[None, :]
+            tl.store(colors_ptr + 3 * n[:, None] + channel, color, mask=ok[:, None] & (channel < 3))
+            red_, green_, blue_ = columns(color * weight[:, None], 0)
+            red += tl.sum(red_, axis=0)
+            green += tl.sum(green_, axis=0)
+            blue += tl.sum(blue_, axis=0)
+        tile += 1
+        if STOP > 0:
+            tiles = tl.where(passed < STOP, tile, tiles)  # ends the loop
+    tl.store(depth_ptr + r, depth_sum / (total + 1e-10))
+    tl.store(total_ptr + r, total)
+    if RGB_LAYERS > 0:
+        tl.store(rgb_ptr + 3 * r, red)
+        tl.store(rgb_ptr + 3 * r + 1, green)
+        tl.store(rgb_ptr + 3 * r + 2, blue)

@@ -9,6 +9,7 @@ functions of `torch.cuda`.
 import contextlib
 import functools
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -343,6 +344,7 @@ CUDA = dict(
     Event=_Stream,
     stream=lambda stream: contextlib.nullcontext(),
     is_current_stream_capturing=lambda: False,
+    get_device_properties=lambda *_: SimpleNamespace(multi_processor_count=1),
     is_bf16_supported=lambda *_, **__: True,
     max_memory_allocated=lambda *_: 0,
     reset_peak_memory_stats=lambda *_: None,

@@ -11,19 +11,14 @@ from tests.check import NoFloatCumsum, WaitRecorder, launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
 from tests.kernels.test_sdf_render import (
-    ALONG,
     AMD,
     DEVICE,
     EXACT,
-    HALF_ALONG,
-    HALF_TILE,
     HOPPER,
     IEEE,
     NO_RGB,
     NVIDIA,
     RGB,
-    SMALL_ALONG,
-    SMALL_TILE,
     TILE,
     WIDE,
     adapted,
@@ -42,17 +37,17 @@ from unipad.model.render import Renderer
 ADD, BY_CELL = dict(SCATTER=True), dict(SCATTER=False)
 # checked by tests/test_compiles.py; columns, constexprs and the reason for the stacks: see test_sdf_render.py
 LAUNCHES = [
-    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 36864, 640, "HGMMA"),
-    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 80, 256),
-    launch("_sdf_render_bwd_rgb_kernel", EXACT | SMALL_ALONG, HOPPER, 255, 8192, 160, "HMMA", 2),
-    launch("_sdf_render_bwd_rgb_kernel", WIDE | HALF_ALONG, HOPPER, 255, 53248, 560, "HGMMA"),
-    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG | IEEE, AMD),
-    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG | IEEE, AMD),
-    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 61440, 600, "HGMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 61440, 240, "HGMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 61440, 440, "HGMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", EXACT | SMALL_TILE | ADD, HOPPER, 255, 8192, 400, "HMMA", 2),
-    launch("_sdf_render_bwd_sdf_kernel", WIDE | HALF_TILE | ADD, HOPPER, 255, 49152, 600, "HGMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | TILE, NVIDIA, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE, NVIDIA, 80, 256),
+    launch("_sdf_render_bwd_rgb_kernel", EXACT | TILE, NVIDIA, 255, 8192, 500, "HMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE | TILE, HOPPER, 255, 53248, 560, "HMMA", 4),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | IEEE, AMD),
+    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE | IEEE, AMD),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 500, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 49152, 600, "HMMA", 4),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL | IEEE, AMD),
@@ -83,7 +78,7 @@ def test_strict_determinism_sums_by_cell():
     torch.use_deterministic_algorithms(True)  # until the end of this test, see conftest.py
     with launches() as launched:
         ours = results(adapted(sdf_render, exact=True), inputs)
-    assert launched[-2:] == ["_cell_sum_kernel", "_pack_bwd_kernel"]
+    assert "_cell_sum_kernel" in launched and launched[-1] == "_pack_bwd_kernel"
     for name, value in ours.items():
         assert_close_to_max(value, truth[name], 1e-5, name)
 

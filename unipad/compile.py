@@ -72,7 +72,8 @@ def compile_parts(net: nn.Module, world: World, backend: str = "inductor"):
     for part in parts:
         part.compile(fullgraph=True, dynamic=PARTS[type(part)], backend=backend)
     counts = Counter(type(part).__name__ for part in parts)
-    world.print0("--compile:", ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing to compile")
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    world.print0("--compile:", listed or "nothing, since batch norms over several processes are not compiled")
 
 
 def parts_of(net: nn.Module, processes: int) -> list[nn.Module]:

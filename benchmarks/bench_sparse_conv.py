@@ -12,8 +12,8 @@ Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spc
 
 import copy
 import importlib
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
 import tyro
@@ -23,6 +23,7 @@ from torch.func import functional_call
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import tuning
+from unipad.kernels.backend import references
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
 from unipad.kernels.sparse_map import inverse_map, strided_map, submanifold_map
 from unipad.kernels.sparse_outputs import out_shape
@@ -133,7 +134,7 @@ class Encoders:
                 # the tables are in the voxel sets of all stages, which live as long as this list
                 cache["voxel sets"] = sparse.make_tables(self.encoder, cache["voxels"])
             tensor = sparse.SparseTensor(features, cache["voxels"])
-            with mock.patch.object(sparse, "sparse_conv", op), half():
+            with run_with(op), half():
                 return self.encoder(tensor).dense()
 
         return run
@@ -142,7 +143,7 @@ class Encoders:
         """The encoder's output by the reference; for fp64 inputs, these are the true values."""
         voxels = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
         encoder = copy.deepcopy(self.encoder).double()
-        with mock.patch.object(sparse, "sparse_conv", sparse_conv_ref):
+        with run_with(sparse_conv_ref):
             given = dict(zip(self.names, weights, strict=True))
             return functional_call(encoder, given, sparse.SparseTensor(features, voxels)).dense()
 
@@ -157,6 +158,11 @@ class Encoders:
                 return encoder(PeerTensor(tensor)).dense()
 
         return run
+
+
+def run_with(op):
+    """Context in which a model's ops are their references, if `op` is one."""
+    return references() if op is sparse_conv_ref else nullcontext()
 
 
 def half():
@@ -240,6 +246,8 @@ class PeerTensor:
 class PeerConv(nn.Module):
     """A peer's convolution, from `PeerTensor` to `PeerTensor`."""
 
+    bias = ()  # not None, with which ours is fused with its batch norm
+
     def __init__(self, conv):
         super().__init__()
         self.conv, self.weight = conv, conv.weight
@@ -251,6 +259,8 @@ class PeerConv(nn.Module):
 class Pointwise(nn.Module):
     """A 1 x 1 x 1 convolution, in place of spconv's: a matrix product too, but with its weight in another order, so
     that it could not share ours."""
+
+    bias = ()
 
     def __init__(self, weight):
         super().__init__()

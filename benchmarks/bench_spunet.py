@@ -9,13 +9,12 @@ does. Peers, if installed: spconv and spconv-triton, see bench_sparse_conv.
 """
 
 import copy
-from unittest import mock
 
 import torch
 import tyro
 from torch import nn
 
-from benchmarks.bench_sparse_conv import AGREE_DEEP, PeerConv, PeerTensor, Pointwise, half, installed
+from benchmarks.bench_sparse_conv import AGREE_DEEP, PeerConv, PeerTensor, Pointwise, half, installed, run_with
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import scene
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
@@ -57,7 +56,7 @@ class Nets:
             # as many cells as needed, rounded up to a multiple of the stride
             shape = [-(-(last + 1) // self.stride) * self.stride for last in coords[:, 1:].amax(dim=0).tolist()]
             voxels = sparse.VoxelSet(coords, shape, 1, in_order=True, check=False)
-            with mock.patch.object(sparse, "sparse_conv", op), half():
+            with run_with(op), half():
                 return self.net(sparse.SparseTensor(features, voxels)).features
 
         return run

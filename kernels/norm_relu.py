@@ -1,4 +1,5 @@
-"""Batch normalization over rows, residual and ReLU in one op, for training: two launches forward, two backward.
+"""Batch normalization over rows, residual and ReLU in one op, for training: two launches forward, two backward; one
+forward after a convolution that computed the moments of its output (`sparse_conv_moments`).
 
     x^ = (x - mean) inv_std,  inv_std = (var + eps)^-1/2          mean, var over the N rows, by channel
     out = relu(w x^ + b + residual)
@@ -24,6 +25,7 @@ from unipad.kernels.backend import cdiv, jit, on_triton, tl, triton, without_aut
 def norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None,
     running: tuple[Tensor, Tensor, Tensor] | None = None, momentum: float = 0.1,
+    moments: tuple[Tensor, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """relu(batch_norm(x) + residual), with the statistics of x.
 
@@ -35,6 +37,7 @@ def norm_relu(
         running:      mean [C], unbiased variance [C] and number of batches [] int64, which are updated in place as in
                       `nn.BatchNorm1d`; unchanged if there are no rows. None: there are none.
         momentum:     share of this batch in the running mean and variance.
+        moments:      of `sparse_conv_moments`, if it computed x: then no launch reads x for its statistics.
 
     Returns:
         [N, C] in the type of x, computed in fp32 (fp64 for fp64) and rounded once. Of a single row relu(bias +
@@ -46,12 +49,12 @@ def norm_relu(
     _check(x, weight, bias, residual, running)
     if x.dtype == torch.float64 or not on_triton(x) or torch.compiler.is_compiling():
         return norm_relu_ref(x, weight, bias, eps, residual, running, momentum)
-    return NormReLU.apply(x, weight, bias, residual, running, eps, momentum)
+    return NormReLU.apply(x, weight, bias, residual, running, eps, momentum, moments)
 
 
 @without_autocast
-def norm_relu_ref(x, weight, bias, eps, residual=None, running=None, momentum=0.1):
-    """`norm_relu` in plain PyTorch."""
+def norm_relu_ref(x, weight, bias, eps, residual=None, running=None, momentum=0.1, moments=None):
+    """`norm_relu` in plain PyTorch; ignores `moments`."""
     _check(x, weight, bias, residual, running)
     wide, N = x.to(torch.promote_types(x.dtype, torch.float32)), len(x)
     mean = wide.sum(dim=0) / max(N, 1)
@@ -81,12 +84,12 @@ def _check(x, weight, bias, residual, running):
 
 class NormReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, running, eps, momentum):
+    def forward(ctx, x, weight, bias, residual, running, eps, momentum, moments):
         (N, C), x, out = x.shape, x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         residual = None if residual is None else residual.contiguous()
         ctx.has_residual, statistics = residual is not None, x.new_empty(2, C, dtype=torch.float32)
         if out.numel():
-            moments, R = _moments(x)
+            moments, R = moments or _moments(x)
             mean, variance, batches = running or (None, None, None)
             block_n, block_c = _blocks(C)
             _norm_relu_fwd_kernel[(cdiv(N, block_n), cdiv(C, block_c))](
@@ -107,7 +110,7 @@ class NormReLU(torch.autograd.Function):
         (N, C), d_out = x.shape, d_out.contiguous()
         d_x, d_residual = torch.empty_like(x), torch.empty_like(x) if ctx.has_residual else None
         if not out.numel():
-            return d_x, torch.zeros_like(weight), torch.zeros_like(weight), d_residual, None, None, None
+            return d_x, torch.zeros_like(weight), torch.zeros_like(weight), d_residual, None, None, None, None
         d_weight, d_bias = (torch.empty_like(weight) for _ in range(2))
         (block_n, block_c), R = _blocks(C), _part_rows(N, C)
         sums = x.new_empty(cdiv(N, R), 2, C, dtype=torch.float32)
@@ -120,7 +123,7 @@ class NormReLU(torch.autograd.Function):
             d_x_ptr=d_x, d_residual_ptr=d_residual, d_weight_ptr=d_weight, d_bias_ptr=d_bias,
             N=N, C=C, P=len(sums), BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
         )  # fmt: skip
-        return d_x, d_weight, d_bias, d_residual, None, None, None
+        return d_x, d_weight, d_bias, d_residual, None, None, None, None
 
 
 # Untuned, for memory bandwidth: 16 bytes per thread and load in half precision, 32 values per thread
@@ -128,6 +131,7 @@ ELEMENTS = 4096  # rows x channels of a block
 MAX_BLOCK_C = 64  # channels of a block, whose rows are then 128 consecutive bytes in half precision
 WARPS = 4
 MAX_PARTS = 128  # about as many programs as a GPU has multiprocessors; every program of the next launch reads all parts
+MAX_TILES = 1024  # parts at most if they are a convolution's tiles: with more, reading x again costs less
 BLOCK_P = 32  # parts that a program merges at once
 
 

@@ -14,16 +14,19 @@ import torch
 
 from unipad.kernels import backend, tuning
 from unipad.kernels.backend import cdiv, jit, tl, triton
+from unipad.kernels.norm_relu import MAX_TILES
 
 
 def gather_gemm(
-    features, weight, table, allow_tf32, mirrored=False, transposed=False, act=(None, None, None, False)
+    features, weight, table, allow_tf32, mirrored=False, transposed=False, act=(None, None, None, False),
+    with_moments=False,
 ):  # fmt: skip
     """Features [N, I], weights [O, K, I] and a `NeighborTable` [K, M] -> [M, O] in the features' type.
 
     mirrored:   the table's offsets are in the reverse order of the weights'.
     transposed: the weights are [I, K, O], as for the gradient of the features.
     act:        scale, shift, residual and relu of `sparse_conv_act`.
+    with_moments: return ([M, O], moments of `sparse_conv_moments`).
 
     Every output is summed by one program, in the order of the offsets. If anything is empty, returns zeros, without
     `act`.
@@ -32,29 +35,34 @@ def gather_gemm(
     features, weight = features.contiguous(), weight.contiguous()
     out = features.new_empty(M, O)
     if not min(M, I, O, len(features)):
-        return out.zero_()
+        return (out.zero_(), None) if with_moments else out.zero_()
     scale, shift, residual, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
 
     def launch(blocks, table=table):
         tiles = table.tiles(blocks.m, blocks.sort)
+        moments = None
+        if with_moments and len(tiles.count_idx) <= MAX_TILES:
+            moments = features.new_empty(len(tiles.count_idx), 2, O, dtype=torch.float32)
         _gather_gemm_kernel[(len(tiles.count_idx), cdiv(O, blocks.o))](
             features_ptr=features, weight_ptr=weight, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx,
             offset_idx_ptr=tiles.offset_idx, read_idx_ptr=tiles.read_idx, out_ptr=out,
-            scale_ptr=scale, shift_ptr=shift, residual_ptr=residual, K=K, I=I, O=O,
+            scale_ptr=scale, shift_ptr=shift, residual_ptr=residual, moments_ptr=moments, K=K, I=I, O=O,
             RELU=relu, MIRRORED=mirrored, TRANSPOSED=transposed,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=cdiv(I, blocks.i), VIA_L1=blocks.via_l1,
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
+        return None if moments is None else (moments, blocks.m)
 
     def run_trial(blocks):
         launch(blocks, table.trial())  # a copy: tiles made in a trial are not cached, so every trial makes them
 
     # all that the launch is compiled for
-    flags = mirrored, transposed, relu, *(v is not None for v in (scale, shift, residual))
+    flags = mirrored, transposed, with_moments, relu, *(v is not None for v in (scale, shift, residual))
     kind = "gather_gemm", features.dtype, allow_tf32, *flags, K, I, O, M
-    launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), run_trial, features.device))
-    return out
+    candidates = _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32)
+    moments = launch(tuning.choose(kind, candidates, run_trial, features.device))
+    return (out, moments) if with_moments else out
 
 
 def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
@@ -223,6 +231,7 @@ def _gather_gemm_kernel(
     row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr,  # of `Tiles`; `_idx`: int32, counts too
     out_ptr,  # [M, O]
     scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
+    moments_ptr,  # [tiles, 2, O] or None
     K, I, O,  # offsets, input and output channels
     RELU: tl.constexpr, MIRRORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -287,7 +296,14 @@ def _gather_gemm_kernel(
         acc += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
+    y = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, y, mask=ok)
+    if moments_ptr is not None:  # by channel, the mean of the tile's rows and the sum of squares around it
+        y, rows = tl.where(ok, y.to(tl.float32), 0.0), tl.sum((m >= 0).to(tl.float32), axis=0)
+        mean = tl.sum(y, axis=0) / tl.maximum(rows, 1.0)
+        centered = tl.where(ok, y - mean[None, :], 0.0)
+        tl.store(moments_ptr + tile * 2 * O + o, mean, mask=o_ok)
+        tl.store(moments_ptr + (tile * 2 + 1) * O + o, tl.sum(centered * centered, axis=0), mask=o_ok)
 
 
 @jit

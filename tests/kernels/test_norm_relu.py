@@ -65,6 +65,17 @@ def test_many_parts_match_reference(monkeypatch, device):
     assert launched == ["_moments_kernel", "_norm_relu_fwd_kernel"]
 
 
+def test_moments_of_tiles_replace_a_launch(device):
+    """Parts of 64 rows, the last of 22 and after it an empty one, as of a convolution's tiles."""
+    inputs = {k: v.float() if torch.is_tensor(v) else v for k, v in on(device, make_inputs(150, 5)).items()}
+    parts = [*inputs["x"].split(64), inputs["x"][:0]]
+    moments = torch.stack([torch.stack([p.sum(0) / max(len(p), 1), (p - p.mean(0)).square().sum(0)]) for p in parts])
+    with launches() as launched:
+        out = norm_relu(**inputs, moments=(moments, 64))
+    assert launched == ["_norm_relu_fwd_kernel"]
+    torch.testing.assert_close(out, norm_relu_ref(**inputs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("fn", [norm_relu, norm_relu_ref])
 def test_is_batch_norm_residual_and_relu(fn, device):
     """PyTorch's modules in fp64, over two batches: outputs, gradients, and the running statistics."""

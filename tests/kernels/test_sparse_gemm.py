@@ -17,7 +17,11 @@ BF16, FP32 = ("bf16",), ("fp32",)  # element types
 BY_16 = ("I", "O")  # sizes that are multiples of 16
 EVERY, ONE_TARGET = ASSEMBLED_TARGETS, ("sm_90",)  # targets whose limits are asserted
 # the epilogue (scale, shift, residual, ReLU): none of it, all of it
-PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
+PLAIN = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, moments_ptr=None, RELU=False)
+FULL = dict(moments_ptr=None, RELU=True)
+# in training, with the moments for a batch norm
+MOMENTS = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False)
+POINTERS = dict.fromkeys(["scale_ptr", "shift_ptr", "moments_ptr"], "*fp32")
 # num_stages by vendor: the default, and the tuner's alternative
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
 # C = 0 where PACK = 1: without packing, the kernel needs no compile-time channel count
@@ -27,7 +31,7 @@ LAUNCHES = [
         # only the gradient of the features is mirrored, and only there the weights are transposed
         flags | act | dict(MIRRORED=mirrored, TRANSPOSED=mirrored, VIA_L1=True, C=c, PACK=pack, STEPS=steps)
         | dict(BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
-        dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=MORE,
+        POINTERS, divisible, elements, num_warps=warps, num_stages=MORE,
         registers=registers, shared=shared, mma=mma, limits_on=targets,
     )
     for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
@@ -37,6 +41,9 @@ LAUNCHES = [
         (IEEE, PLAIN, False, 0, 1, 2, 64, 64, 128, 4, BY_16, BF16, "HGMMA", 120, 74248, ONE_TARGET),
         (IEEE, FULL, False, 0, 1, 2, 128, 64, 128, 8, BY_16, BF16, "HGMMA", 184, 99336, EVERY),
         (IEEE, PLAIN, True, 0, 1, 2, 128, 64, 128, 8, BY_16, BF16, "HGMMA", 120, 99336, ONE_TARGET),
+        (IEEE, MOMENTS, False, 0, 1, 2, 128, 64, 128, 8, BY_16, BF16, "HGMMA", 184, 99336, EVERY),
+        (IEEE, MOMENTS, False, 16, 4, 1, 128, 64, 16, 4, BY_16, BF16, "HGMMA", 80, 59904, ONE_TARGET),
+        (IEEE, MOMENTS, False, 5, 3, 1, 64, 16, 16, 4, (), FP32, "", 96, 18560, ONE_TARGET),
         (IEEE, PLAIN, False, 5, 6, 1, 64, 32, 16, 4, (), BF16, "HGMMA", 128, 8192, EVERY),
         (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), BF16, "HGMMA", 104, 8192, ONE_TARGET),
         (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, BY_16, FP32, "HGMMA", 48, 32000, ONE_TARGET),
@@ -51,7 +58,7 @@ LAUNCHES = [
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=False, TRANSPOSED=False, VIA_L1=via_l1, C=0, PACK=1, STEPS=2)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
-        dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_warps=m // 16, num_stages=stages,
+        POINTERS, BY_16, BF16, num_warps=m // 16, num_stages=stages,
         registers=120, shared=shared, mma="HGMMA",
     )
     for via_l1, m, stages, shared in [  # the tuner's other candidates for 128 input and output channels
@@ -64,7 +71,7 @@ LAUNCHES = [
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=True, TRANSPOSED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
-        dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_stages=stages, limits_on=(),  # must only compile
+        POINTERS, BY_16, BF16, num_stages=stages, limits_on=(),  # must only compile
     )
     for c in (8, 16, 32, 64)
     for via_l1, m, stages in [(True, 64, MORE), (False, 128, MORE), (True, 128, FEWER)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unipad.kernels import backend, sparse_map, sparse_outputs, voxel_keys
 from unipad.kernels.backend import StreamCache, on_triton
 from unipad.kernels.norm_relu import norm_relu
-from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_moments
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.model.norm import SyncedBatchNorm, is_alone
 
@@ -243,13 +243,17 @@ class SparseBatchNorm(SyncedBatchNorm):
     def forward(self, x: SparseTensor) -> SparseTensor:
         return x.replace(super().forward(x.features))
 
-    def relu(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """relu(self(x) + residual) of features [N, C], in one op if this is one process that trains on a GPU."""
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether `relu` of features x is one op: in one process that trains on a GPU."""
         fused = self.training and on_triton(x) and is_alone() and not torch.compiler.is_compiling()
-        if fused and x.dtype != torch.float64 and len(x) > 1:
+        return fused and x.dtype != torch.float64
+
+    def relu(self, x: Tensor, residual: Tensor | None, moments: tuple[Tensor, int] | None = None) -> Tensor:
+        """relu(self(x) + residual) of features [N, C]; moments: of x, from `sparse_conv_moments`, or None."""
+        if self.is_fused(x) and len(x) > 1:
             running = self.running_mean, self.running_var, self.num_batches_tracked
             residual = None if residual is None else residual.to(x.dtype)
-            return norm_relu(x, self.weight, self.bias, self.eps, residual, running, self.momentum)
+            return norm_relu(x, self.weight, self.bias, self.eps, residual, running, self.momentum, moments)
         out = super().forward(x)
         return (out if residual is None else out + residual).relu()
 
@@ -282,20 +286,32 @@ def conv_norm_relu(
     conv: _SparseConvolution, norm: SparseBatchNorm, x: SparseTensor, residual: Tensor | None = None
 ) -> SparseTensor:
     """relu(norm(conv(x)) + residual); in evaluation mode without gradients, in one kernel, unless the convolution has a
-    bias or no table (K = 1). In training, see `SparseBatchNorm.relu`.
+    bias or no table (K = 1).
 
     residual: [M, Cout] or None.
     """
-    unfused = norm.training or torch.is_grad_enabled() or conv.bias is not None
-    voxels, table = (None, None) if unfused else conv.output_voxels_and_table(x.voxels)
+    return _conv_norm_relu(conv, norm, x, residual, again=False)[0]
+
+
+def _conv_norm_relu(conv, norm, x, residual, again):
+    """(`conv_norm_relu`, features of x): with `again`, what is computed from these instead of x.features has its
+    gradient added to theirs without a launch."""
+    training = norm.training or torch.is_grad_enabled()
+    fused = conv.bias is None and (norm.is_fused(x.features) if training else True)
+    voxels, table = conv.output_voxels_and_table(x.voxels) if fused else (None, None)
     if table is None:
         y = conv(x)
-        return y.replace(norm.relu(y.features, residual))
+        return y.replace(norm.relu(y.features, residual)), x.features
+    if training:
+        out, moments, features = sparse_conv_moments(
+            x.features, conv.weight, *table, allow_tf32=conv.allow_tf32, rounded=conv.rounded, again=again
+        )
+        return SparseTensor(norm.relu(out, residual, moments), voxels), features
     weight, (scale, shift) = conv.weight if conv.rounded is None else conv.rounded, norm.scale_and_shift()
     out = sparse_conv_act(
         x.features, weight, table.neighbors, scale, shift, residual, relu=True, allow_tf32=conv.allow_tf32
     )
-    return SparseTensor(out, voxels)
+    return SparseTensor(out, voxels), x.features
 
 
 def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
@@ -366,7 +382,8 @@ class SparseBlock(nn.Module):
         self.bn2 = SparseBatchNorm(width, **NORM)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        y = conv_norm_relu(self.conv1, self.bn1, x)
+        y, features = _conv_norm_relu(self.conv1, self.bn1, x, residual=None, again=True)
+        x = x.replace(features)
         x = x if self.proj is None else self.proj(x)
         return conv_norm_relu(self.conv2, self.bn2, y, x.features)
 

@@ -317,11 +317,11 @@ def _sdf_render_bwd_sdf_kernel(
         ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
         start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
         point, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
-        v = load3_masked(d_gradient_ptr, n, ok)
+        v = load3_masked(d_gradient_ptr, n, ok)  # 0, as d_sdf, beyond the ray's last sample, which so adds nothing
         feature, along = interpolate_along(
             volume_ptr, cell_around(coords, volume_idx, Z, Y, X), to_grid(v, cells_per_unit_ptr), Z, Y, X, CHANNELS, C
         )  # along: f.
-        d_sdf, one = tl.load(d_sdf_ptr + n, mask=ok, other=0.0), tl.where(ok, 1.0, 0.0)
+        d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)
         # the last layer's row of the distance, behind all other rows; of the columns of E only that of the bias is used
         add_row(d_w_ptr, SECOND - STRIDE + H, tl.sum(d_sdf[:, None] * feature + along, axis=0))
         bias_ptr = d_w_ptr + (SECOND - STRIDE + E + 3)
@@ -347,11 +347,11 @@ def _sdf_render_bwd_sdf_kernel(
         tl.debug_barrier()  # with several warps, other threads may read the scratch
 
         # the last layer: row 0 is of the distance, the others are of the geometry
-        add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + one[:, None] * x_dot, axis=0))
+        add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + x_dot, axis=0))
         d_x = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x-
         d_feature = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST + H, C)  # f-
-        x_hat = one[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x^
-        feature_hat = one[:, None] * load_row(sdf_mlp_ptr, LAST + H, C)  # f^
+        x_hat = tl.broadcast_to(load_row(sdf_mlp_ptr, LAST, H), (BLOCK_S, H))  # x^
+        feature_hat = tl.broadcast_to(load_row(sdf_mlp_ptr, LAST + H, C), (BLOCK_S, C))  # f^
         feature, along = rounded(feature, PREC), rounded(along, PREC)
         p, p_dot = rounded(point_inputs(point, 1), PREC), rounded(point_inputs(v, 0), PREC)
         if RGB_LAYERS > 0:

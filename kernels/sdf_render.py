@@ -186,8 +186,8 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
     shapes = [tuple(t.shape) for t in (volume, origins, directions, volume_idx, starts)]
     assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
-    # kernels number voxels and samples in int32
-    assert volume[..., 0].numel() < 2**31 and starts.numel() < 2**31, f"{shapes} have 2^31 voxels or samples, or more"
+    # kernels number voxels and samples in int32, those that fill the last tile included
+    assert volume[..., 0].numel() < 2**31 and starts.numel() < 2**30, f"too many voxels or samples: {shapes}"
     assert all(t.shape == (3,) for t in cells), (
         f"cells_per_unit and cell_offset are [3] each, not {[tuple(t.shape) for t in cells]}"
     )
@@ -259,7 +259,7 @@ def _sdf_values_kernel(
     C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = n // S  # int32: R * S is below 2^31
+    r = n // S  # int32: R * S is below 2^30
     ok = r < R
     n = n.to(tl.int64)
     ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, tl.minimum(r, R - 1).to(tl.int64))

@@ -43,11 +43,11 @@ from unipad.kernels.sdf_field import (
     point_product,
     programs_for,
     rgb_hidden,
+    rgb_inputs,
     sdf_hidden,
     softplus,
     softplus_grads,
     tile_launch,
-    view_inputs,
 )
 from unipad.kernels.sdf_gather import (
     cell_around,
@@ -81,10 +81,10 @@ def render_bwd(saved, upstream, options):
     upstream: gradients w.r.t. the outputs of `sdf_render`, also by name of the kernel argument.
     options:  constexpr arguments of the kernels, without the block sizes.
     """
-    volume, sdf_mlp, rgb_mlp, edges = (saved[f"{name}_ptr"] for name in ("volume", "sdf_mlp", "rgb_mlp", "edges"))
+    volume, sdf_mlp, rgb_w, edges = (saved[f"{name}_ptr"] for name in ("volume", "sdf_mlp", "rgb_w", "edges"))
     R, S, C, H = len(edges), edges.shape[1] - 1, options["C"], options["H"]
     if not R:
-        return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, saved["density_param_ptr"])]
+        return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_w, saved["density_param_ptr"])]
     _, Z, Y, X, CHANNELS = volume.shape
     options = options | dict(Z=Z, Y=Y, X=X, CHANNELS=CHANNELS) | tile_launch(options, "BLOCK_S", BLOCK_S)
     # scatter: add to the volume's gradient atomically, which strict determinism forbids
@@ -95,7 +95,7 @@ def render_bwd(saved, upstream, options):
     d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
 
     programs = programs_for(R, volume)
-    d_rgb_mlp, d_density_param = volume.new_zeros(programs, *rgb_mlp.shape), volume.new_empty(programs)
+    d_rgb_mlp, d_density_param = volume.new_zeros(programs, *rgb_w.shape[-2:]), volume.new_empty(programs)
     _sdf_render_bwd_rgb_kernel[(programs,)](
         **saved, **{name: t.contiguous() for name, t in upstream.items()},
         d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
@@ -155,7 +155,7 @@ def _sdf_render_bwd_rgb_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr, rgb_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed x 2, from `operands` x 2
+    sdf_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed, from `operands` x 2
     density_param_ptr,  # [1]
     depth_ptr, total_ptr,  # [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
@@ -226,24 +226,22 @@ def _sdf_render_bwd_rgb_kernel(
                 xs = sdf_hidden(point, f, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC)
                 x = operand(xs[SDF_LAYERS - 2], PREC)
                 geo = geometry(x, f, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC)
-                view = view_inputs(direction, gradient)
-                g, v = operand(geo, PREC), operand(view, PREC)
-                xs = rgb_hidden(point, v, f, g, rgb_mlp_ptr, rgb_w_ptr, C, H, RGB_LAYERS, PREC)
+                e = rgb_inputs(point, direction, gradient)
+                rgb_xs = rgb_hidden(operand(e, PREC), f, operand(geo, PREC), rgb_w_ptr, C, H, RGB_LAYERS, PREC)
 
-                conditions = (rounded(feature, PREC), rounded(geo, PREC), rounded(view, PREC))
-                p = rounded(point_inputs(point, 1), PREC)
+                conditions = (rounded(feature, PREC), rounded(geo, PREC), rounded(e, PREC))
                 # w.r.t. the input of the color's sigmoid
                 d_z = tl.where(ok[:, None], d_rgb * weight[:, None] * color * (1.0 - color), 0.0)
                 d_x, d_conditions = _rgb_layer_bwd(
-                    d_z, xs[RGB_LAYERS - 2], conditions, p, rgb_w_ptr, d_w_ptr, LAST,
-                    (tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32), tl.zeros((1, 8), tl.float32)),
+                    d_z, rgb_xs[RGB_LAYERS - 2], conditions, rgb_w_ptr, d_w_ptr, LAST,
+                    (tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32), tl.zeros((1, INPUTS), tl.float32)),
                     COLORS, C, H, RGB_LAYERS, PREC,
                 )  # fmt: skip
                 for j in tl.static_range(RGB_LAYERS - 1):
-                    d_z = tl.where(xs[RGB_LAYERS - 2 - j] > 0, d_x, 0.0)
-                    x = xs[RGB_LAYERS - 3 - j] if j < RGB_LAYERS - 2 else None
+                    d_z = tl.where(rgb_xs[RGB_LAYERS - 2 - j] > 0, d_x, 0.0)
+                    x = rgb_xs[RGB_LAYERS - 3 - j] if j < RGB_LAYERS - 2 else None
                     d_x, d_conditions = _rgb_layer_bwd(
-                        d_z, x, conditions, p, rgb_w_ptr, d_w_ptr, (RGB_LAYERS - 2 - j) * H * STRIDE,
+                        d_z, x, conditions, rgb_w_ptr, d_w_ptr, (RGB_LAYERS - 2 - j) * H * STRIDE,
                         d_conditions, H, C, H, RGB_LAYERS, PREC,
                     )  # fmt: skip
                 d_gx, d_gy, d_gz = columns(d_conditions[2], 3)  # the SDF's gradient is in columns 3 to 5
@@ -260,30 +258,29 @@ def _sdf_render_bwd_rgb_kernel(
 
 @triton.jit
 def _rgb_layer_bwd(
-    d_z, x, conditions, p, w_ptr, d_w_ptr, AT: tl.constexpr, d_conditions,
+    d_z, x, conditions, w_ptr, d_w_ptr, AT: tl.constexpr, d_conditions,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """The layer of the color MLP at AT: adds to its gradients and to d_conditions; returns d_x and d_conditions.
 
-    x: None in layer 0, whose x is 0. conditions: feature, geometry, view; they and p, from `point_inputs`, are rounded.
+    x: None in layer 0, whose x is 0. conditions: feature, geometry and e, rounded.
     """
     SECOND: tl.constexpr = ((LAYERS - 1) * H + COLORS) * (C + 2 * H + INPUTS)  # where the weights' second order begins
-    feature, geo, view = conditions
-    d_feature, d_geo, d_view = d_conditions
+    feature, geo, e = conditions
+    d_feature, d_geo, d_e = d_conditions
     d_zt = tl.trans(rounded(d_z, PREC))
     linear_bwd_weight(d_w_ptr, AT + H * N, d_zt, feature, None, None, PREC)
     linear_bwd_weight(d_w_ptr, AT + (H + C) * N, d_zt, geo, None, None, PREC)
-    linear_bwd_weight(d_w_ptr, AT + (2 * H + C) * N, d_zt, view, None, None, PREC)
-    linear_bwd_weight(d_w_ptr, AT + (2 * H + C + POINT) * N, d_zt, p, None, None, PREC)
+    linear_bwd_weight(d_w_ptr, AT + (2 * H + C) * N, d_zt, e, None, None, PREC)
     d_z = operand(d_z, PREC)
     d_feature = linear_bwd_input(d_z, w_ptr, SECOND + AT + H * N, d_feature, C, PREC)
     d_geo = linear_bwd_input(d_z, w_ptr, SECOND + AT + (H + C) * N, d_geo, H, PREC)
-    d_view = linear_bwd_input(d_z, w_ptr, SECOND + AT + (2 * H + C) * N, d_view, 8, PREC)
+    d_e = linear_bwd_input(d_z, w_ptr, SECOND + AT + (2 * H + C) * N, d_e, INPUTS, PREC)
     d_x = d_z
     if x is not None:
         linear_bwd_weight(d_w_ptr, AT, d_zt, rounded(x, PREC), None, None, PREC)
         d_x = linear_bwd_input(d_z, w_ptr, SECOND + AT, tl.zeros((1, H), tl.float32), H, PREC)
-    return d_x, (d_feature, d_geo, d_view)
+    return d_x, (d_feature, d_geo, d_e)
 
 
 @jit(varying=("R",))
@@ -317,11 +314,11 @@ def _sdf_render_bwd_sdf_kernel(
         ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
         start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
         point, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
-        v = load3_masked(d_gradient_ptr, n, ok)
+        v = load3_masked(d_gradient_ptr, n, ok)  # 0, as d_sdf, beyond the ray's last sample, which so adds nothing
         feature, along = interpolate_along(
             volume_ptr, cell_around(coords, volume_idx, Z, Y, X), to_grid(v, cells_per_unit_ptr), Z, Y, X, CHANNELS, C
         )  # along: f.
-        d_sdf, one = tl.load(d_sdf_ptr + n, mask=ok, other=0.0), tl.where(ok, 1.0, 0.0)
+        d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)
         # the last layer's row of the distance, behind all other rows; of the columns of E only that of the bias is used
         add_row(d_w_ptr, SECOND - STRIDE + H, tl.sum(d_sdf[:, None] * feature + along, axis=0))
         bias_ptr = d_w_ptr + (SECOND - STRIDE + E + 3)
@@ -347,11 +344,11 @@ def _sdf_render_bwd_sdf_kernel(
         tl.debug_barrier()  # with several warps, other threads may read the scratch
 
         # the last layer: row 0 is of the distance, the others are of the geometry
-        add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + one[:, None] * x_dot, axis=0))
+        add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + x_dot, axis=0))
         d_x = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x-
         d_feature = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST + H, C)  # f-
-        x_hat = one[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x^
-        feature_hat = one[:, None] * load_row(sdf_mlp_ptr, LAST + H, C)  # f^
+        x_hat = tl.broadcast_to(load_row(sdf_mlp_ptr, LAST, H), (BLOCK_S, H))  # x^
+        feature_hat = tl.broadcast_to(load_row(sdf_mlp_ptr, LAST + H, C), (BLOCK_S, C))  # f^
         feature, along = rounded(feature, PREC), rounded(along, PREC)
         p, p_dot = rounded(point_inputs(point, 1), PREC), rounded(point_inputs(v, 0), PREC)
         if RGB_LAYERS > 0:

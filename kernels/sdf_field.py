@@ -13,9 +13,8 @@ not stored.
 
 An MLP is packed into one matrix [rows, STRIDE]: one row per output unit, layer after layer, with the columns of W, A, G
 and E side by side (see sdf_pack.py). C and H are powers of two from 16 on, padded with zeros, which changes no result:
-the outputs of padded rows are multiplied by padded columns only. Matrix products read it as `sdf_weights` stores it;
-biases, the columns of p and the row of the distance are read as packed. Only products with columns that are not 0 are
-computed.
+the outputs of padded rows are multiplied by padded columns only. Matrix products read it as `sdf_weights` stores it. The
+distance MLP has no product with e: its columns of p and of the bias, and the row of the distance, are read as packed.
 
 A tile of M samples belongs to one warp, which keeps activations in its registers. Sizes: CHANNELS of the volume and C
 the same padded, H hidden units (padded), LAYERS of the MLP. PREC: input precision of `tl.dot`.
@@ -96,11 +95,13 @@ def point_inputs(point, one: tl.constexpr):
 
 
 @triton.jit
-def view_inputs(direction, gradient):
-    """The columns of e for direction, which is one for all samples, and gradient, [M, 8]."""
+def rgb_inputs(point, direction, gradient):
+    """e of the color MLP, [M, INPUTS]; the direction is one for all samples."""
     zero = tl.zeros_like(gradient[0])
     dx, dy, dz = direction
-    return stack8(zero + dx, zero + dy, zero + dz, gradient[0], gradient[1], gradient[2], zero, zero)
+    view = stack8(zero + dx, zero + dy, zero + dz, gradient[0], gradient[1], gradient[2], zero, zero)
+    e = tl.permute(tl.join(view, point_inputs(point, 1)), (0, 2, 1))
+    return tl.reshape(e, (zero.shape[0], INPUTS))
 
 
 @triton.jit
@@ -203,18 +204,14 @@ def distance_bwd(
 
 @triton.jit
 def rgb_hidden(
-    point, view, feature, geo, mlp_ptr, w_ptr,
-    C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+    e, feature, geo, w_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """`sdf_hidden` for the color MLP; view (from `view_inputs`) and geo are `operand`s too."""
+    """`sdf_hidden` for the color MLP; e (from `rgb_inputs`) and geo are `operand`s too."""
     STRIDE: tl.constexpr = C + 2 * H + INPUTS
-    E: tl.constexpr = C + 2 * H + POINT
-    z = load_row(mlp_ptr, E + 3, H, STRIDE) + point_product(point, mlp_ptr, E, H, STRIDE)
-    x = tl.maximum(_rgb_conditions(view, feature, geo, w_ptr, 0, z, H, C, H, PREC), 0.0)
+    x = tl.maximum(_rgb_conditions(e, feature, geo, w_ptr, 0, H, C, H, PREC), 0.0)
     xs = (x,)
     for l in tl.static_range(1, LAYERS - 1):
-        z = load_row(mlp_ptr, l * H * STRIDE + E + 3, H, STRIDE)
-        z = _rgb_conditions(view, feature, geo, w_ptr, l * H * STRIDE, z, H, C, H, PREC)
+        z = _rgb_conditions(e, feature, geo, w_ptr, l * H * STRIDE, H, C, H, PREC)
         x = tl.maximum(linear(operand(x, PREC), w_ptr, l * H * STRIDE, z, H, PREC), 0.0)
         xs = xs + (x,)
     return xs
@@ -222,25 +219,25 @@ def rgb_hidden(
 
 @triton.jit
 def _rgb_conditions(
-    view, feature, geo, w_ptr, AT: tl.constexpr, z,
+    e, feature, geo, w_ptr, AT: tl.constexpr,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """z [M, N] and the products of the layer at AT with the color MLP's conditions."""
-    z = linear(view, w_ptr, AT + (2 * H + C) * N, z, N, PREC)
+    """[M, N] all of z of the color MLP's layer at AT but the product with x.
+
+    The product with e has columns of zeros: Triton 3.6 multiplies 16 at least.
+    """
+    z = linear(e, w_ptr, AT + (2 * H + C) * N, tl.zeros((1, N), tl.float32), N, PREC)
     z = linear(feature, w_ptr, AT + H * N, z, N, PREC)
     return linear(geo, w_ptr, AT + (H + C) * N, z, N, PREC)
 
 
 @triton.jit
 def color_of(
-    x, view, feature, geo, mlp_ptr, w_ptr,
-    C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+    x, e, feature, geo, w_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
     """The color [M, COLORS] in [0, 1], from the last layer's input x; columns from 3 on are padding (0.5)."""
-    STRIDE: tl.constexpr = C + 2 * H + INPUTS
-    LAST: tl.constexpr = (LAYERS - 1) * H * STRIDE
-    bias = load_row(mlp_ptr, LAST + C + 2 * H + POINT + 3, COLORS, STRIDE)
-    z = _rgb_conditions(view, feature, geo, w_ptr, LAST, bias, COLORS, C, H, PREC)
+    LAST: tl.constexpr = (LAYERS - 1) * H * (C + 2 * H + INPUTS)
+    z = _rgb_conditions(e, feature, geo, w_ptr, LAST, COLORS, C, H, PREC)
     return 1.0 / (1.0 + tl.exp(-linear(operand(x, PREC), w_ptr, LAST, z, COLORS, PREC)))
 
 

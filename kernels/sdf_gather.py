@@ -81,14 +81,15 @@ def cell_around(coords, volume_idx, Z: tl.constexpr, Y: tl.constexpr, X: tl.cons
 @triton.jit
 def weight(cell, upper_z, k: tl.constexpr):
     """Interpolation weight [M] of corner k, 0 to 3, at the lower end along z or, if `upper_z`, at the upper end."""
-    _, (ax, ay, az), _ = cell
+    ax, ay, az = cell[1]
     return tl.where(upper_z == 1, az[1], az[0]) * (ay[k // 2] * ax[k % 2])
 
 
 @triton.jit
 def weight_along(cell, v, upper_z, k: tl.constexpr):
     """Derivative [M] of this weight along v, given in grid coordinates."""
-    _, (ax, ay, az), (bx, by, bz) = cell
+    ax, ay, az = cell[1]
+    bx, by, bz = cell[2]
     along_xy = ay[k // 2] * (bx[k % 2] * v[0]) + ax[k % 2] * (by[k // 2] * v[1])
     along_z = ay[k // 2] * ax[k % 2] * (tl.where(upper_z == 1, bz[1], bz[0]) * v[2])
     return tl.where(upper_z == 1, az[1], az[0]) * along_xy + along_z
@@ -154,7 +155,8 @@ def interpolate_with_slopes(
     volume_ptr, cell, Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """The interpolated feature [M, C], and its derivatives w.r.t. the grid coordinates (x, y, z), [M, C] each."""
-    _, (ax, ay, az), (bx, by, bz) = cell
+    ax, ay, az = cell[1]
+    bx, by, bz = cell[2]
     feature = tl.zeros((cell[0].shape[0], C), tl.float32)
     along_x, along_y, along_z = feature, feature, feature
     for z in range(2):

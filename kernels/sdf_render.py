@@ -33,9 +33,9 @@ from unipad.kernels.sdf_field import (
     padded_width,
     precision,
     rgb_hidden,
+    rgb_inputs,
     sdf_hidden,
     tile_launch,
-    view_inputs,
 )
 from unipad.kernels.sdf_gather import (
     cell_around,
@@ -189,8 +189,8 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
     shapes = [tuple(t.shape) for t in (volume, origins, directions, volume_idx, starts)]
     assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
-    # kernels number voxels and samples in int32
-    assert volume[..., 0].numel() < 2**31 and starts.numel() < 2**31, f"{shapes} have 2^31 voxels or samples, or more"
+    # kernels number voxels and samples in int32, those that fill the last tile included
+    assert volume[..., 0].numel() < 2**31 and starts.numel() < 2**30, f"too many voxels or samples: {shapes}"
     assert all(t.shape == (3,) for t in cells), (
         f"cells_per_unit and cell_offset are [3] each, not {[tuple(t.shape) for t in cells]}"
     )
@@ -220,7 +220,7 @@ class SdfRender(torch.autograd.Function):
         new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all samples up to where it stops
         H, LAYERS, RGB_LAYERS, PREC = (options[name] for name in ("H", "SDF_LAYERS", "RGB_LAYERS", "PREC"))
         saved = dict(
-            volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, rgb_mlp_ptr=rgb_mlp, density_param_ptr=density_param, **ray_tensors,
+            volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, density_param_ptr=density_param, **ray_tensors,
             sdf_w_ptr=operands(sdf_mlp, LAYERS, H, H, PREC) if R else sdf_mlp,
             rgb_w_ptr=operands(rgb_mlp, RGB_LAYERS, H, COLORS.value, PREC) if R and RGB_LAYERS else rgb_mlp,
             depth_ptr=edges.new_empty(R), total_ptr=edges.new_empty(R),
@@ -266,7 +266,7 @@ def _sdf_values_kernel(
     C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = n // S  # int32: R * S is below 2^31
+    r = n // S  # int32: R * S is below 2^30
     ok = r < R
     n = n.to(tl.int64)
     ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, tl.minimum(r, R - 1).to(tl.int64))
@@ -283,7 +283,7 @@ def _sdf_render_fwd_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr, rgb_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed x 2, from `operands` x 2
+    sdf_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed, from `operands` x 2
     density_param_ptr,  # [1]
     rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
@@ -339,11 +339,9 @@ def _sdf_render_fwd_kernel(
         if RGB_LAYERS > 0:
             x = operand(xs[SDF_LAYERS - 2], PREC)
             geo = operand(geometry(x, feature_operand, sdf_mlp_ptr, sdf_w_ptr, C, H, SDF_LAYERS, PREC), PREC)
-            view = operand(view_inputs(ray[1], gradient), PREC)
-            xs = rgb_hidden(point, view, feature_operand, geo, rgb_mlp_ptr, rgb_w_ptr, C, H, RGB_LAYERS, PREC)
-            color = color_of(
-                xs[RGB_LAYERS - 2], view, feature_operand, geo, rgb_mlp_ptr, rgb_w_ptr, C, H, RGB_LAYERS, PREC
-            )
+            e = operand(rgb_inputs(point, ray[1], gradient), PREC)
+            rgb_xs = rgb_hidden(e, feature_operand, geo, rgb_w_ptr, C, H, RGB_LAYERS, PREC)
+            color = color_of(rgb_xs[RGB_LAYERS - 2], e, feature_operand, geo, rgb_w_ptr, C, H, RGB_LAYERS, PREC)
             channel = tl.arange(0, COLORS)[None, :]
             tl.store(colors_ptr + 3 * n[:, None] + channel, color, mask=ok[:, None] & (channel < 3))
             red_, green_, blue_ = columns(color * weight[:, None], 0)

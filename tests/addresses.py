@@ -33,14 +33,18 @@ KNOWN_SMALL = {
     "sdf_backward.py": {
         "i) * BLOCK_S": "index of a sample on its ray",
         "tile % tiles * BLOCK_S": "index of a sample on its ray",
-        "R * tiles": "sdf_render asserts samples < 2^31, and a tile has a sample",
+        "R * tiles": "sdf_render asserts samples < 2^30, and a tile has a sample",
     },
     "sdf_gather.py": {
         "((volume_idx * Z + z) * Y + y) * X + x": "voxel index; sdf_render asserts voxels < 2^31",
         "cell[0] + upper_z * STEP_Z": "voxel index",
     },
     "sdf_render.py": {"tile * BLOCK_S": "index of a sample on its ray"},
-    "sdf_weights.py": {"": "index of a weight; the MLPs are small"},
+    "sdf_weights.py": {
+        "i - l * H * STRIDE": "index of a weight; the MLPs are small",
+        "k, n = group //": "row and column of a weight",
+        "row * STRIDE": "index of a weight",
+    },
     "sparse_gemm.py": {
         "e < O * I": "weights of one offset",
         "slot * BLOCK_M": "entries of one tile: offsets x rows",

@@ -24,7 +24,8 @@ TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 12
 MAX_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376)
 MAX_SHARED |= dict(gfx942=65_536)
 NVIDIA, AMD = tuple(target for target in TARGETS if target != "gfx942"), ("gfx942",)
-# Compiled to machine code; for the other targets, compilation stops once shared memory is allocated
+# Compiled to machine code; for other targets, unless a launch has limits on them, compilation stops once shared memory
+# is allocated
 ASSEMBLED_TARGETS = ("sm_80", "sm_90", "gfx942")
 
 
@@ -47,12 +48,12 @@ class Launch:
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and needs a comment that says why
-    mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 only has HMMA
-    limits_on: tuple = ("sm_90",)  # targets, out of ASSEMBLED_TARGETS, whose limits are asserted; on AMD only `stack`
+    mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; others have HMMA
+    limits_on: tuple = ("sm_90",)  # targets whose limits are asserted; on AMD only `stack`
 
     def matrix_instruction(self, target):
         """The matrix instruction that the machine code for an NVIDIA `target` must have, "" for none."""
-        return "HMMA" if self.mma and target == "sm_80" else self.mma
+        return "HMMA" if self.mma and target in ("sm_80", "sm_120") else self.mma
 
 
 def launches_of(kernel_file, which):
@@ -70,12 +71,12 @@ def launches_of(kernel_file, which):
 
 def compile_launches(kernel_file, which="first"):
     """Print a JSON line for each of `launches_of`: shared memory, and on targets in the launch's `limits_on` what
-    `_cost` reads. For targets in ASSEMBLED_TARGETS, the line also has the launch's `int32_products`.
+    `_cost` reads. For these and ASSEMBLED_TARGETS, the line also has the launch's `int32_products`.
     """
     module = importlib.import_module(f"unipad.kernels.{kernel_file}")
     for launch, element, target in launches_of(kernel_file, which):
         kernel = getattr(module, launch.kernel)
-        if target in ASSEMBLED_TARGETS:
+        if target in ASSEMBLED_TARGETS or target in launch.limits_on:
             compiled = compile_launch(kernel, launch, element, target)
             cost = {"shared": compiled.metadata.shared, "int32_products": int32_products(compiled.asm["ttir"])}
             cost |= _cost(compiled, launch.matrix_instruction(target)) if target in launch.limits_on else {}

@@ -46,7 +46,7 @@ LAUNCHES = [
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 500, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 300, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 49152, 600, "HMMA", 4),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD | IEEE, AMD),

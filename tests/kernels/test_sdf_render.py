@@ -25,8 +25,8 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 # 9 x 9 x 5 voxels over a box of +-1, +-1, +-0.25; a point at multiples of 1/8 has exact grid coordinates
 CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], device=DEVICE)
 
-AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
-NVIDIA = AMPERE + HOPPER
+HOPPER, AMD = ("sm_90",), ("gfx942",)
+NVIDIA = ("sm_80", "sm_90", "sm_120")
 OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # launches for HOPPER compile for these too, without budgets
 VOLUME = dict(Z=5, Y=128, X=128, CHANNELS=32)  # of camera-0.1
 FIELD = VOLUME | dict(C=32, H=16, PREC="tf32")  # the field of every preset
@@ -40,9 +40,9 @@ TILE, SEARCH = dict(BLOCK_S=16), dict(BLOCK_M=32, LAYERS=6)  # samples of a ray,
 
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=1):
-    """registers, shared, stack, mma: limits on sm_80 and sm_90 (those in `targets`); other targets only compile."""
-    limits_on = [target for target in targets if target in NVIDIA]
-    targets = targets + OTHERS if HOPPER[0] in targets else targets
+    """registers, shared, stack, mma: limits on those of NVIDIA that are in `targets`; other targets only compile."""
+    limits_on = tuple(target for target in targets if target in NVIDIA)
+    targets = tuple(dict.fromkeys(targets + OTHERS)) if HOPPER[0] in targets else targets
     # S, the samples per ray, is a multiple of 16 for the renderer (96, except in the tiny presets), but not for
     # `sdf_values`, which runs before resampling (72)
     divisible = () if kernel == "_sdf_values_kernel" else ("S",)
@@ -53,16 +53,17 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 
 
 # Checked by tests/test_compiles.py: kernel, constexprs, targets, registers, shared (bytes), stack (bytes), mma, warps.
-# Stack (spilled registers): a thread holds the activations of all layers of half a sample.
+# Stack (spilled registers): a thread of the forward holds the activations of all layers of half a sample. Under tf32x3,
+# every operand is held in two parts, and the color's backward keeps the activations of its layers besides.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | SEARCH, NVIDIA, 255, 4096, 0, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN, NVIDIA, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | dict(STOP=1e-4), HOPPER, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", NO_RGB | TILE | TRAIN, NVIDIA, 255, 4096, 100, "HMMA"),
-    launch("_sdf_render_fwd_kernel", EXACT | TILE | TRAIN, NVIDIA, 255, 8192, 500, "HMMA"),
+    launch("_sdf_render_fwd_kernel", EXACT | TILE | TRAIN, NVIDIA, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN, HOPPER, 255, 32768, 800, "HMMA", 4),
     launch("_sdf_values_kernel", FIELD | SEARCH | IEEE, AMD),
-    launch("_sdf_values_kernel", FIELD | SEARCH | dict(PREC="tf32x3"), NVIDIA, 255, 6144, 100, "HMMA"),
+    launch("_sdf_values_kernel", FIELD | SEARCH | dict(PREC="tf32x3"), NVIDIA, 255, 8192, 0, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | IEEE, AMD),
     launch("_sdf_render_fwd_kernel", NO_RGB | TILE | TRAIN | IEEE, AMD),
 ]

@@ -13,8 +13,9 @@ not stored.
 
 An MLP is packed into one matrix [rows, STRIDE]: one row per output unit, layer after layer, with the columns of W, A, G
 and E side by side (see sdf_pack.py). C and H are powers of two from 16 on, padded with zeros, which changes no result:
-the outputs of padded rows are multiplied by padded columns only. Matrix products read it as `sdf_weights` stores it. The
-distance MLP has no product with e: its columns of p and of the bias, and the row of the distance, are read as packed.
+the outputs of padded rows are multiplied by padded columns only. Matrix products read what `sdf_weights` makes of it.
+The distance MLP has no product with e: its columns of p and of the bias, and the row of the distance, are read as
+packed.
 
 A tile of M samples belongs to one warp, which keeps activations in its registers. Sizes: CHANNELS of the volume and C
 the same padded, H hidden units (padded), LAYERS of the MLP. PREC: input precision of `tl.dot`.
@@ -27,8 +28,9 @@ from unipad.kernels.sdf_alpha import sigmoid
 from unipad.kernels.sdf_weights import linear, linear_bwd_input, operand
 
 COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding up to the minimum of tl.dot
-INPUTS = tl.constexpr(16)  # columns of E: direction 0 to 2, gradient 3 to 5, padding, p 8 to 10, the bias 11, padding
-POINT = tl.constexpr(8)  # the first of p's columns in E
+INPUTS = tl.constexpr(16)  # columns of E, with padding
+# Where in E the columns of the direction, of the gradient, of the point and of 1 (the bias) begin
+DIRECTION, GRADIENT, POINT, ONE = tl.constexpr(0), tl.constexpr(3), tl.constexpr(8), tl.constexpr(11)
 
 
 def padded_width(width):
@@ -162,7 +164,7 @@ def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.c
     """The distance [M], from the last layer's input x and the feature [M, C]: row 0 of that layer."""
     LAST: tl.constexpr = (LAYERS - 1) * H * (C + H + INPUTS)
     sdf = tl.sum(x * load_row(mlp_ptr, LAST, H), axis=1) + tl.sum(feature * load_row(mlp_ptr, LAST + H, C), axis=1)
-    return sdf + tl.load(mlp_ptr + LAST + H + C + POINT + 3)  # the bias
+    return sdf + tl.load(mlp_ptr + LAST + H + C + ONE)  # the bias
 
 
 @triton.jit
@@ -172,7 +174,7 @@ def geometry(
     """The geometry [M, H], from the last layer's input x and the feature, `operand`s: rows from 1 on of that layer."""
     STRIDE: tl.constexpr = C + H + INPUTS
     LAST: tl.constexpr = (LAYERS - 1) * H * STRIDE
-    bias = load_row(mlp_ptr, LAST + STRIDE + C + H + POINT + 3, H, STRIDE)
+    bias = load_row(mlp_ptr, LAST + STRIDE + C + H + ONE, H, STRIDE)
     return linear(x, w_ptr, LAST, linear(feature, w_ptr, LAST + H * H, bias, H, PREC), H, PREC)
 
 

@@ -8,10 +8,10 @@ direction, the gradient and the geometry. All of these products are one:
     S_l = (C_l by columns, P if l = 0, d_l (+ q if l = 0)),   (A_l, G_l, E_l) = W_l S_l + (b_l in the column of 1)
     dW_l = d(A_l, G_l, E_l) S_l^T + d(W_l),   dS_l = W_l^T d(A_l, G_l, E_l)
 
-The layout: one row per output unit, layer after layer, and the columns of W, A, G and E side by side, as they are
-listed in `_columns`. W is 0 in layer 0, since x_0 = 0. Widths are padded with zeros, which changes no result: units and
-channels to `padded_width`, the color MLP's last layer to COLORS rows, E to INPUTS columns. The distance MLP has no G,
-and in its E no direction and no gradient.
+The layout: one row per output unit, layer after layer, and the columns of W, A, G and E side by side, those of E at
+POINT, ONE, DIRECTION and GRADIENT. W is 0 in layer 0, since x_0 = 0. Widths are padded with zeros, which changes no
+result: units and channels to `padded_width`, the color MLP's last layer to COLORS rows, E to INPUTS columns. The
+distance MLP has no G, and in its E no direction and no gradient.
 
 Part of `sdf_render`. Sizes: CHANNELS of the volume, HIDDEN units; C and H the same padded; L layers; K entries of c.
 """
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
-from unipad.kernels.sdf_field import COLORS, INPUTS, POINT, padded_width
+from unipad.kernels.sdf_field import COLORS, DIRECTION, GRADIENT, INPUTS, ONE, POINT, padded_width
 from unipad.kernels.sdf_reference import fold
 
 
@@ -67,15 +67,18 @@ def pack_ref(sdf_mlp, rgb_mlp, channels):
             packed.append(sdf_mlp[0].new_empty(0))
             continue
         A, bias, WP, W = fold(mlp)
-        zeros, is_rgb = A.new_zeros(len(A), INPUTS.value), mlp is rgb_mlp
-        pieces = A.split([3, channels, 3, hidden] if is_rgb else [channels], dim=1)
-        direction, feature, gradient, geometry = pieces if is_rgb else (zeros[:, :3], *pieces, zeros[:, :3], None)
+        is_rgb, E = mlp is rgb_mlp, A.new_zeros(len(A), INPUTS.value)
+        E[:hidden, POINT.value : POINT.value + 3], E[:, ONE.value : ONE.value + 1] = WP, bias
+        feature, geometry = A, A[:, :0]
+        if is_rgb:
+            direction, feature, gradient, geometry = A.split([3, channels, 3, hidden], dim=1)
+            E[:, DIRECTION.value : DIRECTION.value + 3], E[:, GRADIENT.value : GRADIENT.value + 3] = direction, gradient
         columns = [
             F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),  # 0 in the rows of layer 0: x_0 = 0
             F.pad(feature, (0, C - channels)),
-            F.pad(geometry, (0, H - hidden)) if is_rgb else zeros[:, :0],
-            direction, gradient, zeros[:, :2], F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, zeros[:, 12:],  # E
-        ]  # fmt: skip
+            F.pad(geometry, (0, H - hidden)) if is_rgb else geometry,
+            E,
+        ]
         layers = torch.cat(columns, dim=1).split([len(w) for w in W])
         padding = [H - hidden] * (len(W) - 1) + [COLORS.value - 3 if is_rgb else H - hidden]  # rows of 0
         packed.append(torch.cat([F.pad(layer, (0, 0, 0, n)) for layer, n in zip(layers, padding, strict=True)]))
@@ -166,16 +169,15 @@ def _place(
 def _columns(
     at, is_rgb, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The layout: for packed columns from `at` on, [1, BLOCK], the columns of C_l (-1: none), and those of E, counted
-    from p's first."""
+    """The layout: for packed columns from `at` on, [1, BLOCK], the columns of C_l (-1: none), and those of E (others
+    are not from 0 to 15)."""
     j = at - H + tl.arange(0, BLOCK)[None, :].to(tl.int64)  # behind the columns of W
     g = tl.where(is_rgb, j - C, -1)
-    e = j - C - tl.where(is_rgb, H, 0) - POINT
+    e = j - C - tl.where(is_rgb, H, 0)
     column = tl.where((j >= 0) & (j < CHANNELS), j + tl.where(is_rgb, 3, 0), -1)
     column = tl.where((g >= 0) & (g < HIDDEN), CHANNELS + 6 + g, column)
-    # E: direction -8 to -6, gradient -5 to -3, the point 0 to 2, the bias 3
-    column = tl.where(is_rgb & (e >= -8) & (e < -5), e + 8, column)
-    return tl.where(is_rgb & (e >= -5) & (e < -2), CHANNELS + e + 8, column), e
+    column = tl.where(is_rgb & (e >= DIRECTION) & (e < DIRECTION + 3), e - DIRECTION, column)
+    return tl.where(is_rgb & (e >= GRADIENT) & (e < GRADIENT + 3), CHANNELS + 3 + e - GRADIENT, column), e
 
 
 @triton.jit
@@ -183,7 +185,8 @@ def _parts(column, e, k, l, HIDDEN: tl.constexpr):
     """Which entries [H, BLOCK] of S_l are those of C_l, P, d_l and q; k: their rows, [H, 1]."""
     k_ok = k < HIDDEN
     first_ok = k_ok & (l + 0 * e == 0)  # a block, as the interpreter combines no mask with a scalar
-    return k_ok & (column >= 0), first_ok & (e >= 0) & (e < 3), k_ok & (e == 3), first_ok & (e == 3)
+    of_p = first_ok & (e >= POINT) & (e < POINT + 3)
+    return k_ok & (column >= 0), of_p, k_ok & (e == ONE), first_ok & (e == ONE)
 
 
 @triton.jit
@@ -191,7 +194,7 @@ def _load_source(p_ptr, q_ptr, c_ptr, d_ptr, column, e, k, l, K, HIDDEN: tl.cons
     """Columns of S_l, [H, BLOCK]."""
     of_c, of_p, of_d, of_q = _parts(column, e, k, l, HIDDEN)
     source = tl.load(c_ptr + k * K + column, mask=of_c, other=0.0)
-    source += tl.load(p_ptr + 3 * k + e, mask=of_p, other=0.0)
+    source += tl.load(p_ptr + 3 * k + e - POINT, mask=of_p, other=0.0)
     source += tl.load(d_ptr + k + 0 * e, mask=of_d, other=0.0)
     return source + tl.load(q_ptr + k + 0 * e, mask=of_q, other=0.0)
 
@@ -220,7 +223,7 @@ def _pack_fwd_kernel(
         copied = tl.load(
             w_ptr + n * HIDDEN + j, mask=n_ok & (j < tl.where(l > 0, HIDDEN, 0)), other=0.0
         )  # the columns of W
-        copied += tl.load(b_ptr + n + 0 * e, mask=n_ok & (e == 3), other=0.0)
+        copied += tl.load(b_ptr + n + 0 * e, mask=n_ok & (e == ONE), other=0.0)
         out = tl.dot(w, source, copied, input_precision="ieee")
         tl.store(out_ptr + n * stride + j, out, mask=(n < padded_rows) & (j < stride))
 
@@ -251,7 +254,7 @@ def _pack_bwd_kernel(
             source = _load_source(p_ptr, q_ptr, c_ptr, d_ptr, column, e, h[:, None], l, K, HIDDEN)
             up = tl.load(up_ptr + n * stride + at + tl.arange(0, BLOCK)[None, :], mask=n_ok, other=0.0)
             d_w = tl.dot(up, tl.trans(source), d_w, input_precision="ieee")
-            d_b += tl.sum(tl.where(e == 3, up, 0.0), axis=1)
+            d_b += tl.sum(tl.where(e == ONE, up, 0.0), axis=1)
         tl.store(_pick(d_w_ptrs, layer) + n * HIDDEN + h[None, :], d_w, mask=n_ok & (h[None, :] < HIDDEN))
         tl.store(_pick(d_b_ptrs, layer) + n, d_b[:, None], mask=n_ok)
     else:  # columns of S_l
@@ -268,6 +271,6 @@ def _pack_bwd_kernel(
         k = h[:, None]
         of_c, of_p, of_d, of_q = _parts(column, e, k, l, HIDDEN)
         tl.store(_pick(d_c_ptrs, layer) + k * K + column, d_source, mask=of_c)
-        tl.store(_pick(d_p_ptrs, is_rgb) + 3 * k + e, d_source, mask=of_p)
+        tl.store(_pick(d_p_ptrs, is_rgb) + 3 * k + e - POINT, d_source, mask=of_p)
         tl.store(_pick(d_d_ptrs, layer) + k + 0 * e, d_source, mask=of_d)
         tl.store(_pick(d_q_ptrs, is_rgb) + k + 0 * e, d_source, mask=of_q)

@@ -5,6 +5,7 @@ from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.kernels.test_sdf_render import random_mlp
 from unipad.kernels.backend import references
+from unipad.kernels.sdf_field import ONE, POINT
 from unipad.kernels.sdf_pack import pack, pack_ref
 
 
@@ -50,7 +51,7 @@ def inputs_of(device, channels=32, hidden=16, sdf_layers=6, rgb_layers=4):
 def test_pack_matches_reference(channels, hidden, sdf_layers, rgb_layers, device):
     """The packed MLPs with their padding, and the gradients of all tensors."""
     inputs = inputs_of(device, channels, hidden, sdf_layers, rgb_layers)
-    # magnitude: a single unit's gradient is a sum of few terms of about 1, which may cancel
+    # magnitude: with one hidden unit a weight's gradient is one sum, whose terms may cancel
     check_against_ref(pack, pack_ref, inputs, torch.float32, magnitude=0.1)
 
 
@@ -58,16 +59,17 @@ def test_pack_matches_reference(channels, hidden, sdf_layers, rgb_layers, device
 def test_pack_by_hand(fn, device):
     """One channel, one hidden unit, two layers: one row of the first, two of the last, all padded to 16.
 
-    Columns: W from 0, A from 16, E from 32, in which the point is from 40 on, and the bias 43.
+    Columns: W from 0, A from 16, E from 32.
     """
     values = [[[1, 2, 3]], [4], [[5]], [6], [[2]], [7], [[10]], [1], [[3], [4]], [0.5, -0.5]]  # P, q, C, d, W, b, ...
     mlp = [torch.tensor(v, dtype=torch.float32, device=device) for v in values]
     packed, rgb = fn(mlp, None, channels=1)
     expected = torch.zeros(16 + 1 + 16, 16 + 16 + 16)
     expected[0, 16] = 2 * 5
-    expected[0, 40:44] = torch.tensor([2.0, 4, 6, 2 * (6 + 4) + 7])
+    point, one = 32 + POINT.value, 32 + ONE.value
+    expected[0, point : point + 3], expected[0, one] = torch.tensor([2.0, 4, 6]), 2 * (6 + 4) + 7
     for row, w, b in ((16, 3, 0.5), (17, 4, -0.5)):
-        expected[row, 0], expected[row, 16], expected[row, 43] = w, w * 10, w * 1 + b
+        expected[row, 0], expected[row, 16], expected[row, one] = w, w * 10, w * 1 + b
     assert torch.equal(packed.cpu(), expected) and rgb.shape == (0,)
 
 

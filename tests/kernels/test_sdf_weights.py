@@ -13,7 +13,7 @@ STRIDE = 64  # of the distance MLP with 32 channels
 SIZES = dict(ROWS=97, STRIDE=STRIDE, LAYERS=6, H=16, LAST=16, BLOCK=BLOCK)
 LAUNCHES = [
     Launch("_reorder_kernel", SIZES | dict(ROUND=True, BACK=False), elements=("fp32",), registers=64),
-    Launch("_reorder_kernel", SIZES | dict(ROUND=False, BACK=True), elements=("fp32",), registers=64),
+    Launch("_reorder_kernel", SIZES | dict(ROUND=False, BACK=True), elements=("fp32",), registers=64, shared=4096),
 ]
 
 

@@ -111,8 +111,8 @@ def _volume_range_kernel(
         tl.store(of_volume_ptr + b * R + r, same.to(acc_ty), mask=ok)
         first = tl.load(edges_ptr + r * (S + 1), mask=same, other=0.0).to(acc_ty)
         last = tl.load(edges_ptr + r * (S + 1) + S - 1, mask=same, other=0.0).to(acc_ty)
-        low = tl.minimum(low, tl.where(same, first, float("inf")))
-        high = tl.maximum(high, tl.where(same, last, float("-inf")))
+        low = tl.minimum(low, tl.where(same, first, float("inf")), propagate_nan=tl.PropagateNan.ALL)
+        high = tl.maximum(high, tl.where(same, last, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     tl.store(ranges_ptr + 2 * b, tl.min(low, axis=0))
     tl.store(ranges_ptr + 2 * b + 1, tl.max(high, axis=0))
 
@@ -132,7 +132,9 @@ def _depth_in_range_kernel(
     range_ptr = ranges_ptr + 2 * tl.load(volume_idx_ptr + r, mask=ok, other=0).to(tl.int64)
     low = tl.load(range_ptr, mask=hit, other=0.0).to(acc_ty)
     high = tl.load(range_ptr + 1, mask=hit, other=0.0).to(acc_ty)
-    out = tl.minimum(tl.maximum(depth, low), high) / scale
+    # a NaN stays one, as in `clamp`
+    out = tl.maximum(depth, low, propagate_nan=tl.PropagateNan.ALL)
+    out = tl.minimum(out, high, propagate_nan=tl.PropagateNan.ALL) / scale
     tl.store(out_ptr + r, tl.where(hit, out, 0.0), mask=ok)
     passes = hit & (depth >= low) & (depth <= high)
     tl.store(slope_ptr + r, tl.where(passes, 1.0 / scale, 0.0), mask=ok)

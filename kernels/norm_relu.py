@@ -7,9 +7,9 @@ forward after a convolution that computed the moments of its output (`sparse_con
     dL/db = sum g,  dL/dw = sum g x^
     dL/dx = w inv_std (g - dL/db / N - x^ dL/dw / N)              sums over the rows
 
-Sums go over parts of the rows first, in one program each. Every program of the next launch merges the parts itself, in
-the same order, which costs less than a launch. A part has its mean and the sum of squares around it: sums of x^2 would
-cancel where the mean is large.
+One program sums each part of the rows. Every program of the next launch merges the parts itself, in the same order:
+that saves a launch (its time on a GPU has not been measured). A part has its mean and the sum of squares around it:
+sums of x^2 would cancel where the mean is large.
 
 Sizes: N rows, C channels, P parts of R rows; the last may be shorter.
 """
@@ -40,8 +40,8 @@ def norm_relu(
         moments:      of `sparse_conv_moments`, if it computed x: then no launch reads x for its statistics.
 
     Returns:
-        [N, C] in the type of x, computed in fp32 (fp64 for fp64) and rounded once. Of a single row relu(bias +
-        residual).
+        [N, C] in the type of x, computed in fp32 (fp64 for fp64) and rounded once. A single row gives
+        relu(bias + residual).
 
     Differentiable once w.r.t. x, weight, bias and residual. Deterministic. In compiled code the reference runs, which
     the compiler fuses. Raises AssertionError if shapes or types do not match.
@@ -78,14 +78,16 @@ def _check(x, weight, bias, residual, running):
     assert same, f"the residual is {[*x.shape]} {x.dtype}, not {residual is not None and [*residual.shape]}"
     if running is not None:
         mean, variance, batches = running
-        fits = mean.shape == variance.shape == (C,) and not batches.shape
-        assert fits, f"running statistics are mean [{C}], variance [{C}] and a number of batches []"
+        fits = mean.shape == variance.shape == (C,) and not batches.shape and batches.dtype == torch.int64
+        assert fits, f"running statistics are mean [{C}], variance [{C}] and a number of batches [] int64"
+        assert mean.is_contiguous() and variance.is_contiguous(), "running statistics are not contiguous"
 
 
 class NormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running, eps, momentum, moments):
         (N, C), x, out = x.shape, x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        weight, bias = weight.contiguous(), bias.contiguous()
         residual = None if residual is None else residual.contiguous()
         ctx.has_residual, statistics = residual is not None, x.new_empty(2, C, dtype=torch.float32)
         if out.numel():

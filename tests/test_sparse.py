@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.check import launches
 from unipad.kernels import backend
+from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import (
     SparseBatchNorm,
     SparseBlock,
@@ -401,3 +402,23 @@ def test_a_block_trains_alike_with_the_fused_norm(monkeypatch, device):
         results.append((out, *grads, *twin.buffers()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * max(1, a.abs().max().item()))
+
+
+def test_norms_with_other_processes_rows_or_modes_are_not_fused(device, monkeypatch):
+    """Only one process in training has all the rows of a norm; a single row, fp64 and evaluation go the general way."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    monkeypatch.setattr(backend, "interpret", device == "cpu")
+    norm, called, general = SparseBatchNorm(8).to(device), [], SyncedBatchNorm.forward
+    monkeypatch.setattr(SyncedBatchNorm, "forward", lambda self, x: called.append(len(x)) or general(self, x))
+    x = torch.randn(30, 8, device=device)
+    with launches() as launched:
+        norm.relu(x, None)
+    assert "_norm_relu_fwd_kernel" in launched and not called
+    with launches() as launched:
+        norm.relu(x[:1], None)
+        norm.double().relu(x.double(), None)
+        norm.float().eval().relu(x, None)
+        norm.train()
+        monkeypatch.setattr("unipad.model.sparse.is_alone", lambda: False)
+        norm.relu(x, None)
+    assert not launched and called == [1, 30, 30, 30]

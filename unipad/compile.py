@@ -17,7 +17,7 @@ reduces the gradients of one part while the next runs. Left out, and why:
     validation                            runs `uncompiled`: else it would compile graphs of its own, for a few frames
 
 A forward hook on a part is called as ever, one on a module inside it only if it was registered before the part first
-ran.
+ran. A part cannot be copied or pickled: save its `state_dict`.
 """
 
 import contextlib
@@ -36,24 +36,24 @@ from unipad.model.unet import Unet
 from unipad.model.volume import ConvNormReLU3d, FrameFusion
 from unipad.runtime import World
 
-# Class of a part -> torch.compile's `dynamic`. True: the number of voxels or queries changes with every batch. None:
-# sizes are compiled in, until one of them changes, such as the padded image's.
+# Class of a part -> torch.compile's `dynamic`. True: the number of voxels or queries changes with every batch. False:
+# sizes are compiled in, and another image size compiles again.
 PARTS = {
-    Block: None,
-    LayerNorm2d: None,
-    FPN: None,
-    ResidualBlock: None,
-    ASPP: None,
-    Second: None,
-    SecondFPN: None,
-    FrameFusion: None,
-    ConvNormReLU3d: None,
+    Block: False,
+    LayerNorm2d: False,
+    FPN: False,
+    ResidualBlock: False,
+    ASPP: False,
+    Second: False,
+    SecondFPN: False,
+    FrameFusion: False,
+    ConvNormReLU3d: False,
     SparseEncoder: True,
     Unet: True,
     DecoderLayer: True,
 }
-# The largest number of graphs for one class; above it, a step raises. A ConvNeXt has four widths, each with and without
-# drop path, gradients (frozen stages) and fixed sizes.
+# The largest number of graphs for one class; above it, a step raises. The blocks of a ConvNeXt need up to 16 for one
+# image size: four widths, each with and without drop path, with and without gradients (frozen stages).
 MAX_GRAPHS = 64
 
 
@@ -67,10 +67,13 @@ def compile_parts(net: nn.Module, world: World, backend: str = "inductor"):
     if backend == "inductor" and world.device.type == "cpu":
         _require_cxx()
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    # else Inductor chooses between orders of summation by timing them
+    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     torch._dynamo.config.optimize_ddp = False  # it would split graphs into buckets: parts are smaller than one
     parts = parts_of(net, world.size)
     for part in parts:
-        part.compile(fullgraph=True, dynamic=PARTS[type(part)], backend=backend)
+        # Not `part.compile`: it compiles `Module.__call__`, whose graphs all classes would share, and so their limit.
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=PARTS[type(part)], backend=backend)
     counts = Counter(type(part).__name__ for part in parts)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     world.print0("--compile:", listed or "nothing, since batch norms over several processes are not compiled")

@@ -73,3 +73,13 @@ def test_gradcheck(device):
     inputs = inputs_of(9, 4, 2, device)
     inputs["depth"].requires_grad_()
     torch.autograd.gradcheck(depth_in_range, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("fn", [depth_in_range, depth_in_range_ref])
+def test_nan_is_not_hidden_by_the_range(fn, device):
+    inputs = inputs_of(9, 4, 2, device)
+    inputs["hit"][3] = True
+    inputs["depth"][3] = torch.nan
+    inputs |= {name: inputs[name].float() for name in ("depth", "edges")}
+    out, _ = fn(**inputs)
+    assert out.isnan().tolist() == [i == 3 for i in range(9)]

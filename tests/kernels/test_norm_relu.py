@@ -78,16 +78,18 @@ def test_moments_of_tiles_replace_a_launch(device):
 
 @pytest.mark.parametrize("fn", [norm_relu, norm_relu_ref])
 def test_is_batch_norm_residual_and_relu(fn, device):
-    """PyTorch's modules in fp64, over two batches: outputs, gradients, and the running statistics."""
-    exact = nn.BatchNorm1d(5, eps=1e-3, momentum=0.01).double().to(device)
+    """PyTorch's modules in fp64, over two batches: outputs, gradients, and the running statistics, which one of several
+    programs updates."""
+    C = 130
+    exact = nn.BatchNorm1d(C, eps=1e-3, momentum=0.01).double().to(device)
     running = (
-        torch.zeros(5, device=device),
-        torch.ones(5, device=device),
+        torch.zeros(C, device=device),
+        torch.ones(C, device=device),
         torch.zeros((), dtype=torch.int64).to(device),
     )
     versions = [t._version for t in running]
-    for N in (40, 70):
-        inputs = on(device, make_inputs(N, 5))
+    for N in (40, 300):
+        inputs = on(device, make_inputs(N, C))
         nn.init.constant_(exact.weight, 0).data.add_(inputs["weight"])
         nn.init.constant_(exact.bias, 0).data.add_(inputs["bias"])
         names = "x", "weight", "bias", "residual"
@@ -106,14 +108,14 @@ def test_is_batch_norm_residual_and_relu(fn, device):
 
 @pytest.mark.parametrize("fn", [norm_relu, norm_relu_ref])
 def test_by_hand(fn, device):
-    """Rows -1 and 1 of channel 0: mean 0, variance 1, 0.5 x^ + 1 = 0.5 and 1.5; residual -0.5 and -2. Channel 1 is
+    """Rows -1 and 1 of channel 0: mean 0, variance 1, 0.5 x^ + 1 = 0.5 and 1.5; residual -0.25 and -2. Channel 1 is
     constant, so its x^ is 0, and the output its bias."""
     x = torch.tensor([[-1.0, 7], [1, 7]], device=device, requires_grad=True)
     weight = torch.tensor([0.5, 3], device=device, requires_grad=True)
     bias = torch.tensor([1.0, 2], device=device, requires_grad=True)
     residual = torch.tensor([[-0.25, 0], [-2, 1]], device=device, requires_grad=True)
     running = torch.zeros(2, device=device), torch.ones(2, device=device), torch.zeros((), dtype=torch.int64).to(device)
-    out = fn(x, weight, bias, 0.0 + 1e-30, residual, running, 0.5)
+    out = fn(x, weight, bias, 1e-30, residual, running, 0.5)
     assert out.tolist() == [[0.25, 2], [0, 3]]
     # the mean of channel 0 stays 0, its unbiased variance is 2; that of channel 1 moves halfway to 7, variance to 0
     assert [t.tolist() for t in running] == [[0, 3.5], [1.5, 0.5], 1]

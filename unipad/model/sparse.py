@@ -181,10 +181,14 @@ class _SparseConvolution(nn.Module):
         """The features of the output voxels: [N, Cin] -> [M, Cout]."""
         if table is None:
             return F.linear(features, self.weight.flatten(1), self.bias)
-        casts = features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type)
-        rounded = self.rounded if casts else None
+        rounded = self.rounded_for(features)
         out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32, rounded=rounded)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def rounded_for(self, features: Tensor) -> Tensor | None:
+        """The weight in autocast's type inside of `rounded_weights`, if autocast casts these features; else None."""
+        casts = features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type)
+        return self.rounded if casts else None
 
     def extra_repr(self):
         (out_channels, *_, in_channels), names = self.weight.shape, ("kernel", "stride", "padding", "dilation")
@@ -302,12 +306,13 @@ def _conv_norm_relu(conv, norm, x, residual, again):
     if table is None:
         y = conv(x)
         return y.replace(norm.relu(y.features, residual)), x.features
+    rounded = conv.rounded_for(x.features)
     if training:
         out, moments, features = sparse_conv_moments(
-            x.features, conv.weight, *table, allow_tf32=conv.allow_tf32, rounded=conv.rounded, again=again
+            x.features, conv.weight, *table, allow_tf32=conv.allow_tf32, rounded=rounded, again=again
         )
         return SparseTensor(norm.relu(out, residual, moments), voxels), features
-    weight, (scale, shift) = conv.weight if conv.rounded is None else conv.rounded, norm.scale_and_shift()
+    weight, (scale, shift) = conv.weight if rounded is None else rounded, norm.scale_and_shift()
     out = sparse_conv_act(
         x.features, weight, table.neighbors, scale, shift, residual, relu=True, allow_tf32=conv.allow_tf32
     )

@@ -187,8 +187,9 @@ class _SparseConvolution(nn.Module):
 
     def rounded_for(self, features: Tensor) -> Tensor | None:
         """The weight in autocast's type inside of `rounded_weights`, if autocast casts these features; else None."""
-        casts = features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type)
-        return self.rounded if casts else None
+        if self.rounded is None or features.dtype == torch.float64:
+            return None
+        return self.rounded if torch.is_autocast_enabled(features.device.type) else None
 
     def extra_repr(self):
         (out_channels, *_, in_channels), names = self.weight.shape, ("kernel", "stride", "padding", "dilation")

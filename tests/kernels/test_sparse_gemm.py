@@ -145,7 +145,7 @@ def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuning_
     """The second of two layers on a table would be faster with other tiles, but by less than they cost."""
     idx = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
     x, narrow, wide = (torch.randn(size).half().to(device) for size in [(130, 16), (8, 3, 16), (32, 3, 16)])
-    tables = NeighborTable(idx), NeighborTable(idx)
+    tables = NeighborTable(idx), NeighborTable(idx.clone())
     # ms of the GEMM with tiles of 64 rows, of 128 rows and of six other candidates, in each of three searches: `narrow`
     # and then `wide` on tables[0], `wide` on tables[1]; making tiles takes 10 ms more
     kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)

@@ -311,13 +311,14 @@ def draw(rows: list[Row], file: Path):
         raise UserError(
             "results.csv in --out has no rows of the variant `default` on the split `val`: nothing to draw."
         )
-    markers = dict(zip(sorted({row.steps for row in rows}), cycle("soD^v"), strict=False))
     over_labels, over_steps = [], []  # the rows of each panel
     for panel in sorted({(row.task, row.modality, row.metric) for row in rows}):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
-        over_labels.append(of_panel)
+        over_labels.append(of_the_widest_length(of_panel))
         if panel[2] == next(iter(METRICS[panel[0]])) and (longer := runs_of_several_lengths(of_panel)):
             over_steps.append(longer)
+    lengths = sorted({row.steps for of_panel in over_labels for row in of_panel})
+    markers = dict(zip(lengths, cycle("soD^v"), strict=False))
     panels = len(over_labels + over_steps)
     columns = min(4, panels)
     figure = Figure(figsize=(3.1 * columns, 2.8 * -(-panels // columns) + 0.4), dpi=120, layout="constrained")
@@ -337,6 +338,15 @@ def draw(rows: list[Row], file: Path):
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+
+
+def of_the_widest_length(rows):
+    """The rows of the number of steps that was run with the most label fractions; of several such, the smallest."""
+    fractions = {}  # steps -> label fractions
+    for row in rows:
+        fractions.setdefault(row.steps, set()).add(row.fraction)
+    widest = max(sorted(fractions), key=lambda steps: len(fractions[steps]))
+    return [row for row in rows if row.steps == widest]
 
 
 def runs_of_several_lengths(rows):

@@ -11,7 +11,7 @@ def launch(kernel, **limits):
 
 
 LAUNCHES = [  # checked by tests/test_compiles.py; shared memory: masks and values are loaded in different layouts
-    launch("_volume_range_kernel", constexprs=dict(BLOCK=2048), num_warps=8, registers=80, shared=16384),
+    launch("_volume_range_kernel", constexprs=dict(BLOCK=2048), num_warps=8, registers=112, shared=16384),
     launch("_depth_in_range_kernel", constexprs=dict(BLOCK=512), registers=72, shared=4096),
 ]
 

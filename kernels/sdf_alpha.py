@@ -206,6 +206,13 @@ def sigmoid(x):
 
 
 @triton.jit
+def clip_to_1(alpha):
+    """alpha from 0 to 1; a NaN stays one, as in `clamp`, so that a broken field is noticed in the loss."""
+    alpha = tl.maximum(alpha, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(alpha, 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _neus_interval(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
     """prev and next of the file's header for samples i of rays r, and d next / d gradient (x, y, z).
 
@@ -239,7 +246,7 @@ def _neus_alpha_fwd_kernel(
     inv_s = tl.load(inv_s_ptr).to(acc_ty)
     prev_cdf, next_cdf = sigmoid(prev_sdf * inv_s), sigmoid(next_sdf * inv_s)
     alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
-    tl.store(alpha_ptr + i, tl.minimum(tl.maximum(alpha, 0.0), 1.0), mask=ok)
+    tl.store(alpha_ptr + i, clip_to_1(alpha), mask=ok)
 
 
 @jit(varying=("R",))

@@ -30,6 +30,7 @@ import torch
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 from unipad.kernels.cell_sum import cell_of, cell_sum
+from unipad.kernels.sdf_alpha import clip_to_1
 from unipad.kernels.sdf_field import (
     BLOCK_S,
     COLORS,
@@ -94,7 +95,7 @@ def render_bwd(saved, upstream, options):
     d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
     d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
 
-    programs = programs_for(R, volume)
+    programs = programs_for(R, volume, options["num_warps"])
     d_rgb_mlp, d_density_param = volume.new_zeros(programs, *rgb_w.shape[-2:]), volume.new_empty(programs)
     _sdf_render_bwd_rgb_kernel[(programs,)](
         **saved, **{name: t.contiguous() for name, t in upstream.items()},
@@ -105,7 +106,7 @@ def render_bwd(saved, upstream, options):
     if has_rgb:
         d_rgb_mlp = from_first_order(d_rgb_mlp, options["RGB_LAYERS"], H, COLORS.value)
 
-    programs = programs_for(R * triton.cdiv(S, options["BLOCK_S"]), volume)
+    programs = programs_for(R * triton.cdiv(S, options["BLOCK_S"]), volume, options["num_warps"])
     d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
     scratch = volume.new_empty(programs, 2 * (options["SDF_LAYERS"] - 2), options["BLOCK_S"] * H)
     feature_hat = volume.new_empty(0 if scatter else R * S, C)
@@ -207,7 +208,7 @@ def _sdf_render_bwd_rgb_kernel(
             sum_behind = behind + tl.sum(tl.where(is_behind, term[None, :], 0.0), axis=1)
             behind += tl.sum(term, axis=0)
             alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density_param, NEUS)
-            k = 1.0 - tl.minimum(tl.maximum(alpha, 0.0), 1.0) + 1e-7
+            k = 1.0 - clip_to_1(alpha) + 1e-7
             trans = tl.load(trans_ptr + n, mask=ok, other=0.0)
             d_alpha = tl.where(ok & hit, trans * d_weight - sum_behind / k, 0.0)
             d_sdf, d_slope, d_param = opacity_bwd(d_alpha, sdf, gradient, direction, delta, density_param, NEUS)

@@ -48,7 +48,7 @@ BLOCK_S = 16  # samples per tile: the rows of a matrix instruction of one warp; 
 SEARCH_BLOCK = 32  # ... in `sdf_values`, which keeps less in registers
 MAX_NARROW = 32  # fields with more channels or hidden units ("wide") use more warps
 WIDE_WARPS = 4
-PER_MULTIPROCESSOR = 8  # programs, of those that sum gradients: as many warps as have room for 255 registers a thread
+PER_MULTIPROCESSOR = 8  # warps, of programs that sum gradients: as many as have room for 255 registers a thread
 
 
 def tile_launch(options, block_name, block):
@@ -57,9 +57,9 @@ def tile_launch(options, block_name, block):
     return {block_name: block, "num_warps": 1 if narrow else WIDE_WARPS, "num_stages": 1}
 
 
-def programs_for(work, like):
+def programs_for(work, like, warps):
     """Number of programs over which `work` tiles or rays are spread, on the GPU of tensor `like`."""
-    return min(work, PER_MULTIPROCESSOR * multiprocessors(like))
+    return min(work, PER_MULTIPROCESSOR // warps * multiprocessors(like))
 
 
 @triton.jit

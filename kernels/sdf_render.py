@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 from unipad.kernels.composite import composite_ref
-from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
+from unipad.kernels.sdf_alpha import clip_to_1, neus_alpha_ref, volsdf_alpha_ref
 from unipad.kernels.sdf_backward import render_bwd
 from unipad.kernels.sdf_field import (
     BLOCK_S,
@@ -323,7 +323,7 @@ def _sdf_render_fwd_kernel(
         gradient = (gx, gy, gz)
 
         alpha, _, _, _ = opacity(sdf, gradient, ray[1], delta, density_param, NEUS)
-        alpha = tl.where(ok & hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0)
+        alpha = tl.where(ok & hit, clip_to_1(alpha), 0.0)
         # what each sample lets through, 1 beyond the last; k >= 1e-7, so dividing by it is safe
         k = tl.where(ok, 1.0 - alpha + 1e-7, 1.0)
         through = passed * tl.cumprod(k, axis=0)  # transmittance behind the sample

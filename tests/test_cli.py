@@ -17,11 +17,12 @@ import train
 from tests import scripts, test_dataset
 from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
 from unipad.checkpoint import take_weights
+from unipad.cli import ADDED_FLAGS
 from unipad.config import PretrainRecipe, from_dict
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
-from unipad.run_folder import run_config
+from unipad.run_folder import _check_same_settings, run_config
 
 toy = test_dataset.toy  # a fixture that writes a dataset class, toy_set:Toy, into `tmp_path`
 # (script, flags that choose a preset, recipe of the preset)
@@ -128,6 +129,15 @@ def test_flags_override_a_config_but_cannot_choose_another_recipe(tmp_path):
     }.items():
         with pytest.raises(UserError, match=words):
             train.parse(["--config", tmp_path, *flags])
+
+
+def test_a_run_from_before_a_flag_existed_is_read_with_its_default(tmp_path):
+    config = run_config(train.parse([]), steps=8)
+    for name in ADDED_FLAGS:
+        del config["args"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train.parse(["--config", tmp_path]).compile is False
+    _check_same_settings(config, run_config(train.parse([]), steps=8), tmp_path)  # as with --resume: does not raise
 
 
 def test_a_recipe_with_a_missing_field_is_rejected(tmp_path):

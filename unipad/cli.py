@@ -43,6 +43,7 @@ UP_TO_1 = {  # floats from 0 to 1
 }
 BELOW_1 = {"mask_ratio", "drop_path", "dropout", "sky", "momentum", "min_momentum"}  # floats from 0 to below 1
 # Flags that choose the recipe of a new run; with --config or --resume they may only repeat the earlier run's values
+ADDED_FLAGS = {"compile": False}  # flags that older runs lack, with the value that they ran with
 RECIPE_FLAGS = ("task", "modality", "preset", "backbone")
 
 
@@ -97,7 +98,7 @@ def args_of_run(args: A) -> A | None:
     file = run / "config.json" if args.config is None or run.is_dir() else run
     try:
         config = json.loads(file.read_text())
-        saved = from_dict(type(args), {**config["args"], "recipe": config["recipe"]})
+        saved = from_dict(type(args), {**ADDED_FLAGS, **config["args"], "recipe": config["recipe"]})
     except OSError:
         flag = "--config" if args.config else "--resume"
         raise UserError(f"{flag} {run}: there is no {file}; give the folder of a run.") from None

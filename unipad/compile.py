@@ -11,7 +11,7 @@ reduces the gradients of one part while the next runs. Left out, and why:
     lift, voxel_pool, trilinear, the      our kernels (on a CPU, their references) run between the parts
     renderer
     losses                                the assignment of boxes runs on the host, the rest is small
-    single convolutions, linear layers    little to fuse: downsampling, simple depth head, detection head's branches
+    single convolutions, linear layers    little to fuse (downsampling, simple depth head, detection head's branches)
     parts with a batch norm, if there     norms wait for the sums of all processes, and graphs compiled for different
     are several processes                 sizes might ask for them in a different order
     validation                            runs `uncompiled`: else it would compile graphs of its own, for a few frames

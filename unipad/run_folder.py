@@ -30,6 +30,7 @@ from unipad.checkpoint import (
     weights_fault,
     write_checkpoint,
 )
+from unipad.cli import ADDED_FLAGS
 from unipad.config import to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
@@ -339,7 +340,7 @@ FREE_FLAGS = {
 def _check_same_settings(old, new, path):
     """Refuse to resume a run under other settings, or on other data."""
     for was, now in (
-        ({**old["args"], "steps": old["steps"]}, {**new["args"], "steps": new["steps"]}),
+        ({**ADDED_FLAGS, **old["args"], "steps": old["steps"]}, {**new["args"], "steps": new["steps"]}),
         (dict(_flatten(old["recipe"])), dict(_flatten(new["recipe"]))),
     ):
         if was.keys() != now.keys():

@@ -50,6 +50,7 @@ class World:
             raise
         if self.is_main and self.size > 1:
             _from_main(None, self)
+        meet()  # others may take long too, e.g. with a cache of their own machine
 
     def workers(self, asked: int | None) -> int:
         """Data loading processes per process: what was asked for; else 1 on a CPU, and with a GPU 4, or fewer (at least
@@ -84,9 +85,10 @@ def _usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# A collective that takes longer raises: a process has failed. Processes await by `meet` what may take longer, such as
-# building an index, cutting out objects and the devkit's metrics.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# A collective that takes longer ends the program (Gloo raises, NCCL aborts): a process has failed. Processes await by
+# `meet` what may take longer, such as building an index, cutting out objects and the devkit's metrics. A process can be
+# minutes late in a step: with --compile, where only the other machine's cache has what it compiles.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 BEAT = 10  # seconds between the signs of life of a process
 SILENCE = 600  # seconds without one after which a process is taken for dead
 POLL = 0.1  # seconds between looks at the store
@@ -95,7 +97,7 @@ POLL = 0.1  # seconds between looks at the store
 class Waits:
     """Waits of processes for each other, of any length, through a key-value store; a process that has died ends them.
 
-    Every process makes the same calls of `meet` and `wait_for_main`, in the same order.
+    Every process makes the same calls of `meet`, in the same order.
 
     store: shared by the processes of this start of the program only, so that nothing of an earlier one is found.
     """
@@ -104,41 +106,28 @@ class Waits:
         self.store, self.rank, self.size, self.clock = store, rank, size, clock
         self.number = 0  # of waits so far
         self._stopped = threading.Event()
-        threading.Thread(target=self._live, daemon=True).start()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+
+    def close(self, failure: str | None):
+        """End the signs of life. failure: why this process ends before the others, which then stop waiting, or None."""
+        self._stopped.set()
+        if failure is not None:
+            with contextlib.suppress(RuntimeError):  # the store has gone with its process
+                self.store.set("failed", f"process {self.rank} has ended: {failure}")
+        self._thread.join(timeout=5)
 
     def meet(self):
         """Wait until every process has called this."""
-        self._arrive()
-        self._wait(arrivals=self.size)
-
-    def wait_for_main(self):
-        """In the main process return at once, in others wait until it has called this."""
-        if self.rank == 0:
-            self._arrive()
-        else:
-            self.number += 1
-            self._wait(arrivals=1)
-
-    def close(self, failed: bool):
-        """End the signs of life. failed: whether this process ends before the others, which then stop waiting."""
-        self._stopped.set()
-        if failed:
-            with contextlib.suppress(RuntimeError):  # the store has gone with its process
-                self.store.set("failed", str(self.rank))
-
-    def _arrive(self):
         self.number += 1
-        with self._store_errors():
-            self.store.add(f"arrived {self.number}", 1)
-
-    def _wait(self, arrivals):
         others = [rank for rank in range(self.size) if rank != self.rank]
         heard = {rank: (None, self.clock()) for rank in others}  # number of signs of life, when it changed
         next_check = self.clock()
         with self._store_errors():
-            while self.store.add(f"arrived {self.number}", 0) < arrivals:
+            arrived = self.store.add(f"arrived {self.number}", 1)
+            while arrived < self.size:
                 if self.store.check(["failed"]):
-                    raise self._error(f"process {self.store.get('failed').decode()}")
+                    raise UserError(f"process {self.rank} waited, but {self.store.get('failed').decode()}")
                 now = self.clock()
                 if now >= next_check:
                     next_check = now + BEAT
@@ -147,11 +136,15 @@ class Waits:
                         if latest != beats:
                             heard[rank] = latest, now
                         elif now - since > SILENCE:
-                            raise self._error(f"process {rank}")
+                            raise UserError(
+                                f"process {self.rank} waited for process {rank}, which has given no sign of life for "
+                                f"{SILENCE} seconds; look for its own message."
+                            )
                 time.sleep(POLL)
+                arrived = self.store.add(f"arrived {self.number}", 0)
 
     def _live(self):
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will notice
             self.store.add(f"alive {self.rank}", 1)
             while not self._stopped.wait(BEAT):
                 self.store.add(f"alive {self.rank}", 1)
@@ -161,10 +154,10 @@ class Waits:
         try:
             yield
         except RuntimeError:  # PyTorch's errors of networks and stores are some
-            raise self._error("the process with the store") from None
-
-    def _error(self, process):
-        return UserError(f"{process} has ended while process {self.rank} waited for it; look for its own message.")
+            raise UserError(
+                f"process {self.rank} waited for the others, but the main process (or torchrun on the first machine) "
+                "has ended; look for its own message."
+            ) from None
 
 
 _waits = None  # of this program, if it has several processes
@@ -239,16 +232,16 @@ def _waiting(store, world):
     global _waits
     # the main process's random name for this start: torchrun does not count a restart for a changed number of nodes
     name = _broadcast(uuid.uuid4().hex, world)
-    _waits, failed = Waits(dist.PrefixStore(name, store), world.rank, world.size), False
+    _waits, failure = Waits(dist.PrefixStore(name, store), world.rank, world.size), None
     try:
         yield
         with contextlib.suppress(UserError):  # the process that holds the store may be the first to leave
             meet()
-    except Exception:
-        failed = True
+    except BaseException as error:  # a signal too
+        failure = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}".splitlines()[0]
         raise
     finally:
-        _waits.close(failed)
+        _waits.close(failure)
         _waits = None
 
 
@@ -312,8 +305,8 @@ def on_main(make: Callable | None, world: World):
 
 
 def _from_main(value, world):
-    """The main process's `value` in every process, however long it takes to get here. Collective."""
-    _waits.wait_for_main()
+    """The main process's `value` in every process. Processes may take any time to get here. Collective."""
+    meet()
     return _broadcast(value, world)
 
 

@@ -66,10 +66,12 @@ def test_zero_upstream_gradient_gives_a_zero_volume_gradient():
     assert d_volume.shape == inputs["volume"].shape and not d_volume.any()
 
 
-def test_strict_determinism_sums_by_cell():
+@pytest.mark.parametrize("Z", [2, 1])
+@pytest.mark.parametrize("volumes", [(0, 0), (1, 0)])
+def test_strict_determinism_sums_by_cell(volumes, Z):
     """The fused backward runs, with `cell_sum` in place of atomic adds. Some samples lie on cell faces or outside."""
-    inputs = make_inputs(R=2, S=20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
-    inputs["volume"] = inputs["volume"][:, :2, :3, :3]
+    inputs = make_inputs(R=2, S=20, channels=16, sdf_layers=2, rgb_layers=2, B=1 + max(volumes))
+    inputs["volume"], inputs["volume_idx"] = inputs["volume"][:, :Z, :3, :3], torch.tensor(volumes, device=DEVICE).int()
     inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
     inputs["edges"] = torch.arange(21, device=DEVICE).expand(2, 21) / 8
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
@@ -80,7 +82,8 @@ def test_strict_determinism_sums_by_cell():
         ours = results(adapted(sdf_render, exact=True), inputs)
     assert "_cell_sum_kernel" in launched and launched[-1] == "_pack_bwd_kernel"
     for name, value in ours.items():
-        assert_close_to_max(value, truth[name], 1e-5, name)
+        # some gradients are sums of few samples, whose terms cancel
+        assert_close_to_max(value, truth[name], 5e-5, name)
 
 
 def training_step(method):

@@ -283,6 +283,9 @@ def test_rounding_keeps_nan():
     inputs["volume"][1] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
     sdf = sdf_at_starts(sdf_values, inputs)
     assert sdf[0].isfinite().all() and sdf[1].isnan().all()
+    outs = results(adapted(sdf_render), inputs)
+    for name in ("depth", "weights"):  # clipping opacities to 0 and 1 keeps it too
+        assert outs[name][0].isfinite().all() and outs[name][1].isnan().all(), name
 
 
 @pytest.mark.parametrize(
@@ -313,9 +316,13 @@ def test_reference_matches_the_formulas(method, rgb_layers):
     assert_matches_formulas(inputs, method, 1e-7, sdf_render_ref, torch.float64)
 
 
-def test_samples_on_cell_faces_match_the_formulas():
-    """Rays along the axes, with samples at multiples of half a cell; on a face the slopes are the upper cell's."""
+@pytest.mark.parametrize("shape", [(5, 9, 9), (1, 9, 9), (5, 1, 9), (5, 9, 1), (1, 1, 1)])
+def test_samples_on_cell_faces_match_the_formulas(shape):
+    """Rays along the axes, with samples at multiples of half a cell; on a face the slopes are the upper cell's. Volumes
+    may have one voxel along an axis."""
     inputs = make_inputs(R=2, S=16, sdf_layers=2, rgb_layers=2)
+    Z, Y, X = shape
+    inputs["volume"] = inputs["volume"][:, :Z, :Y, :X].contiguous()
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, -1, 0]], device=DEVICE)
     inputs["edges"] = torch.arange(17, device=DEVICE).expand(2, 17) / 8

@@ -104,8 +104,9 @@ class KernelBatchNorm(torch.autograd.Function):
         mean, inv_std = torch.batch_norm_stats(x, eps) if rows else (full((C,), 0.0), full((C,), 1.0))
         own = torch.cat([mean, inv_std, mean.new_full((1,), rows)])
         gathered = own.new_empty(dist.get_world_size() * len(own))
-        # the newer name; PyTorch 2.13 warns about the older one
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, own)
+        # the newer name, if there is one: PyTorch 2.13 warns about the older one
+        name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        getattr(dist, name)(gathered, own)
         gathered = gathered.view(-1, len(own))
         means, inv_stds, counts = gathered.split([C, C, 1], dim=1)
         counts = counts[:, 0]
@@ -115,7 +116,8 @@ class KernelBatchNorm(torch.autograd.Function):
         )  # fmt: skip
         out = torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps) if rows else x.clone()
         count = counts.sum()
-        variance = (inv_std.square().reciprocal() - eps).where(count > 0, 0)  # without rows it is not finite
+        # rounding can take it below 0, and without rows it is not finite
+        variance = (inv_std.square().reciprocal() - eps).clamp(min=0).where(count > 0, 0)
         ctx.save_for_backward(x, weight, mean, inv_std, counts)
         ctx.mark_non_differentiable(mean, variance, count)
         return out, mean, variance, count

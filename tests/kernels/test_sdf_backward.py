@@ -40,11 +40,11 @@ LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE, NVIDIA, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE, NVIDIA, 80, 256),
     launch("_sdf_render_bwd_rgb_kernel", EXACT | TILE, NVIDIA, 255, 8192, 500, "HMMA"),
-    launch("_sdf_render_bwd_rgb_kernel", WIDE | TILE, HOPPER, 255, 53248, 1280, "HMMA", 4),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE | TILE, HOPPER, 255, 53248, 1320, "HMMA", 4),
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 112, "HMMA"),  # 112 on sm_90 only
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 300, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 49152, 600, "HMMA", 4),

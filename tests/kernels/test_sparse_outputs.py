@@ -33,7 +33,7 @@ LAUNCHES = [
         ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
         ("_reached_keys_kernel", KEYS_BLOCK | FILL | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 120, 0),
         # a kernel of one cell: Triton makes sizes of 1 Python numbers
-        ("_reached_keys_kernel", KEYS_BLOCK | FILL | ONE_CELL, LONG, 112, 0),
+        ("_reached_keys_kernel", KEYS_BLOCK | FILL | ONE_CELL, LONG, 112, 4096),
         ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
         ("_reached_keys_kernel", KEYS_BLOCK | NO_FILL | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
         ("_coords_kernel", COORDS_BLOCK | dict(long_keys_ptr=None), LONG, 40, 1024),

@@ -315,7 +315,8 @@ def draw(rows: list[Row], file: Path):
     for panel in sorted({(row.task, row.modality, row.metric) for row in rows}):
         of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
         over_labels.append(of_the_widest_length(of_panel))
-        if panel[2] == next(iter(METRICS[panel[0]])) and (longer := runs_of_several_lengths(of_panel)):
+        longer = runs_of_several_lengths(of_panel) if panel[2] == next(iter(METRICS[panel[0]])) else []
+        if len({row.arm for row in longer}) > 1:
             over_steps.append(longer)
     lengths = sorted({row.steps for of_panel in over_labels for row in of_panel})
     markers = dict(zip(lengths, cycle("soD^v"), strict=False))

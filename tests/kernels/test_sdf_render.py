@@ -62,7 +62,7 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", RGB | TILE | dict(STOP=1e-4), HOPPER, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", NO_RGB | TILE | TRAIN, NVIDIA, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", EXACT | TILE | TRAIN, NVIDIA, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN, HOPPER, 255, 32768, 1072, "HMMA", 4),
+    launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN, HOPPER, 255, 32768, 1080, "HMMA", 4),
     launch("_sdf_values_kernel", FIELD | SEARCH | IEEE, AMD),
     launch("_sdf_values_kernel", FIELD | SEARCH | dict(PREC="tf32x3"), NVIDIA, 255, 8192, 0, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | IEEE, AMD),

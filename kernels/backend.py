@@ -25,7 +25,7 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
     triton = tl = _Absent()
 
 # Set by tests: ops run their kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1). And by
-# benchmarks.count_launches, which launches nothing.
+# benchmarks.count_launches and benchmarks.count_rendered, which launch nothing while they time the host.
 interpret = False
 _references_only = False
 waiting_for = None  # reason of the active `host_wait`; read by tests

@@ -65,6 +65,15 @@ def jit(kernel=None, *, varying=()):
     return kernel
 
 
+@triton.jit
+def pick(ptrs, i):
+    """Inside of a kernel: ptrs[i] of a tuple, where i is known only at run time."""
+    ptr = ptrs[0]
+    for k in tl.static_range(1, len(ptrs)):
+        ptr = tl.where(i == k, ptrs[k], ptr)
+    return ptr
+
+
 def cdiv(n, size):
     """n / size, rounded up; on the host, `triton.cdiv` costs ten times as much."""
     return -(-n // size)

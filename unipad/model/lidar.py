@@ -21,6 +21,7 @@ from unipad.model.sparse import (
     ConvNormReLU,
     SparseBlock,
     SparseConv3d,
+    SparseStage,
     SparseTensor,
     SubMConv3d,
     VoxelSet,
@@ -126,7 +127,7 @@ class SparseEncoder(nn.Module):
         self.conv_input = ConvNormReLU(SubMConv3d(in_channels, widths[0], 3, bias=False))
         self.encoder_layers = nn.Sequential()
         for i, width in enumerate(widths):
-            stage = nn.Sequential(*[SparseBlock(width) for _ in range(blocks)])
+            stage = SparseStage(*[SparseBlock(width) for _ in range(blocks)])
             if i < len(widths) - 1:
                 # the last strided convolution is not padded in z: its 2 L + 1 slices become the L of the volume
                 padding = (0, 1, 1) if i == len(widths) - 2 else 1

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from unipad.kernels import backend, sparse_map, sparse_outputs, voxel_keys
 from unipad.kernels.backend import StreamCache, on_triton
 from unipad.kernels.norm_relu import norm_relu
-from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_moments
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
+from unipad.kernels.sparse_layers import Layer, sparse_layers
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.model.norm import SyncedBatchNorm, is_alone
 
@@ -250,17 +251,19 @@ class SparseBatchNorm(SyncedBatchNorm):
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether `relu` of features x is one op: in one process that trains on a GPU."""
-        fused = self.training and on_triton(x) and is_alone() and not torch.compiler.is_compiling()
-        return fused and x.dtype != torch.float64
+        return self.training and _can_fuse(x)
 
-    def relu(self, x: Tensor, residual: Tensor | None, moments: tuple[Tensor, int] | None = None) -> Tensor:
-        """relu(self(x) + residual) of features [N, C]; moments: of x, from `sparse_conv_moments`, or None."""
+    def relu(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """relu(self(x) + residual) of features [N, C]."""
         if self.is_fused(x) and len(x) > 1:
-            running = self.running_mean, self.running_var, self.num_batches_tracked
             residual = None if residual is None else residual.to(x.dtype)
-            return norm_relu(x, self.weight, self.bias, self.eps, residual, running, self.momentum, moments)
+            return norm_relu(x, self.weight, self.bias, self.eps, residual, self.running(), self.momentum)
         out = super().forward(x)
         return (out if residual is None else out + residual).relu()
+
+    def running(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Running mean [C], running variance [C] and number of batches []."""
+        return self.running_mean, self.running_var, self.num_batches_tracked
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(scale [C], shift [C]) of the layer in evaluation mode: x * scale + shift.
@@ -287,48 +290,77 @@ class SparseBatchNorm(SyncedBatchNorm):
         return super().train(mode)
 
 
-def conv_norm_relu(
-    conv: _SparseConvolution, norm: SparseBatchNorm, x: SparseTensor, residual: Tensor | None = None
+def _can_fuse(x):
+    return on_triton(x) and x.dtype != torch.float64 and is_alone() and not torch.compiler.is_compiling()
+
+
+class Step(NamedTuple):
+    """relu(norm(conv(x))), or with `skips` relu(norm(conv(x)) + x of the step before)."""
+
+    conv: _SparseConvolution
+    norm: SparseBatchNorm
+    skips: bool = False
+
+
+def run_steps(
+    steps: Sequence[Step], x: SparseTensor, residual: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> SparseTensor:
-    """relu(norm(conv(x)) + residual); in evaluation mode without gradients, in one kernel, unless the convolution has a
-    bias or no table (K = 1).
+    """x through all steps: in training on a GPU in one op; in evaluation mode without gradients, in one kernel each. A
+    step is not fused if its convolution has a bias or no table (K = 1).
 
-    residual: [M, Cout] or None.
+    residual: [M, C] or None, is added before the last ReLU, if the last step does not skip.
+    dtype:    of the result; None: that of the convolutions.
     """
-    return _conv_norm_relu(conv, norm, x, residual, again=False)[0]
+    layers, voxels = _layers(steps, x)
+    if layers is not None:
+        return SparseTensor(sparse_layers(x.features, layers, residual, dtype), voxels)
+    before = None
+    for step in steps:
+        added = before if step.skips else residual if step is steps[-1] else None
+        before, x = x.features, _run_step(step, x, added)
+    return x if dtype is None else x.replace(x.features.to(dtype))
 
 
-def _conv_norm_relu(conv, norm, x, residual, again):
-    """(`conv_norm_relu`, features of x): with `again`, what is computed from these instead of x.features has its
-    gradient added to theirs without a launch."""
-    training = norm.training or torch.is_grad_enabled()
-    fused = conv.bias is None and (norm.is_fused(x.features) if training else True)
-    voxels, table = conv.output_voxels_and_table(x.voxels) if fused else (None, None)
+def _layers(steps, x):
+    """(layers of `sparse_layers`, voxels of the result); (None, None) if they cannot be fused."""
+    if not (_can_fuse(x.features) and all(conv.bias is None and norm.training for conv, norm, _ in steps)):
+        return None, None
+    layers, voxels = [], x.voxels
+    for conv, norm, skips in steps:
+        voxels, table = conv.output_voxels_and_table(voxels)
+        if table is None or len(voxels) < 2:
+            return None, None
+        of_conv = dict(rounded=conv.rounded_for(x.features), allow_tf32=conv.allow_tf32)
+        of_norm = dict(eps=norm.eps, running=norm.running(), momentum=norm.momentum)
+        layers.append(Layer(conv.weight, norm.weight, norm.bias, *table, skips=skips, **of_conv, **of_norm))
+    return layers, voxels
+
+
+def _run_step(step, x, residual):
+    conv, norm, _ = step
+    voxels, table = None, None
+    if conv.bias is None and not norm.training and not torch.is_grad_enabled():
+        voxels, table = conv.output_voxels_and_table(x.voxels)
     if table is None:
         y = conv(x)
-        return y.replace(norm.relu(y.features, residual)), x.features
-    rounded = conv.rounded_for(x.features)
-    if training:
-        out, moments, features = sparse_conv_moments(
-            x.features, conv.weight, *table, allow_tf32=conv.allow_tf32, rounded=rounded, again=again
-        )
-        return SparseTensor(norm.relu(out, residual, moments), voxels), features
-    weight, (scale, shift) = conv.weight if rounded is None else rounded, norm.scale_and_shift()
+        return y.replace(norm.relu(y.features, residual))
+    rounded, (scale, shift) = conv.rounded_for(x.features), norm.scale_and_shift()
     out = sparse_conv_act(
-        x.features, weight, table.neighbors, scale, shift, residual, relu=True, allow_tf32=conv.allow_tf32
-    )
-    return SparseTensor(out, voxels), x.features
+        x.features, conv.weight if rounded is None else rounded, table.neighbors, scale, shift, residual, relu=True,
+        allow_tf32=conv.allow_tf32,
+    )  # fmt: skip
+    return SparseTensor(out, voxels)
 
 
-def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
+def in_fp32(stem: "ConvNormReLU", x: SparseTensor) -> SparseTensor:
     """stem(x), an encoder's first convolution, computed in fp32; its result in autocast's dtype.
 
     The features that it reads include coordinates, and bf16 resolves 50 m only in steps of 25 cm.
     """
     device = x.features.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        x = stem(x)
-    return x.replace(x.features.to(torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else x
+        return run_steps(stem.steps(), x, dtype=dtype)
 
 
 def rounded_weights(*nets: nn.Module):
@@ -370,8 +402,11 @@ class ConvNormReLU(nn.Sequential):
     def __init__(self, conv: _SparseConvolution):
         super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
 
+    def steps(self) -> list[Step]:
+        return [Step(*self)]
+
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return conv_norm_relu(*self, x)
+        return run_steps(self.steps(), x)
 
 
 class SparseBlock(nn.Module):
@@ -387,11 +422,25 @@ class SparseBlock(nn.Module):
         self.conv2 = SubMConv3d(width, width, 3, bias=False)
         self.bn2 = SparseBatchNorm(width, **NORM)
 
+    def steps(self) -> list[Step]:
+        return [Step(self.conv1, self.bn1), Step(self.conv2, self.bn2, skips=self.proj is None)]
+
     def forward(self, x: SparseTensor) -> SparseTensor:
-        y, features = _conv_norm_relu(self.conv1, self.bn1, x, residual=None, again=True)
-        x = x.replace(features)
-        x = x if self.proj is None else self.proj(x)
-        return conv_norm_relu(self.conv2, self.bn2, y, x.features)
+        return run_steps(self.steps(), x, None if self.proj is None else self.proj(x).features)
+
+
+class SparseStage(nn.Sequential):
+    """`SparseBlock`s and `ConvNormReLU`s one after the other; in training on a GPU one op, but for blocks that project
+    their input."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        steps = []
+        for module in self:
+            if getattr(module, "proj", None) is None:
+                steps += module.steps()
+            else:
+                x, steps = module(run_steps(steps, x) if steps else x), []
+        return run_steps(steps, x) if steps else x
 
 
 def make_tables(net: nn.Module, voxels: VoxelSet) -> list[VoxelSet]:

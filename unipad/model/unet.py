@@ -24,6 +24,7 @@ from unipad.model.sparse import (
     SparseBlock,
     SparseConv3d,
     SparseInverseConv3d,
+    SparseStage,
     SparseTensor,
     SubMConv3d,
     VoxelSet,
@@ -165,7 +166,7 @@ class Unet(nn.Module):
 
 
 def _blocks(in_channels, width, count):
-    stage = nn.Sequential()
+    stage = SparseStage()
     for i in range(count):
         stage.add_module(f"block{i}", SparseBlock(width, in_channels if i == 0 else width))
     return stage

@@ -135,9 +135,11 @@ class StreamCache:
 
     def find(self, key, device):
         """The cached value, or None."""
-        values = self._entries.get(key, {})
+        values = self._entries.get(key)
+        if values is None:
+            return None
         if torch.compiler.is_compiling() or capturing(device):
-            return list(values.values())[-1] if values else None
+            return list(values.values())[-1]
         return values.get(stream(device))
 
     def put(self, key, device, value):

@@ -120,7 +120,7 @@ def norm_relu_fwd(x, weight, bias, eps, residual, running, momentum, moments=Non
         x_ptr=x, residual_ptr=None if residual is None else residual.contiguous(),
         weight_ptr=weight.contiguous(), bias_ptr=bias.contiguous(), moments_ptr=moments, out_ptr=out,
         statistics_ptr=statistics, running_mean_ptr=mean, running_var_ptr=variance, batches_ptr=batches,
-        N=N, C=C, P=len(moments), R=R, EPS=eps, MOMENTUM=momentum,
+        N=N, C=C, P=moments.shape[0], R=R, EPS=eps, MOMENTUM=momentum,
         BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
     if running is not None:
@@ -143,7 +143,7 @@ def norm_relu_bwd(d_out, x, out, weight, statistics, has_residual, sums=None):
     _norm_relu_bwd_kernel[(cdiv(N, block_n), cdiv(C, block_c))](
         d_out_ptr=d_out, out_ptr=out, x_ptr=x, weight_ptr=weight.contiguous(), statistics_ptr=statistics, sums_ptr=sums,
         d_x_ptr=d_x, d_residual_ptr=d_residual, d_weight_ptr=d_weight, d_bias_ptr=d_bias,
-        N=N, C=C, P=len(sums), BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
+        N=N, C=C, P=sums.shape[0], BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
     return d_x, d_weight, d_bias, d_residual
 

@@ -122,9 +122,9 @@ def _check_act(features, weight, neighbor_idx, scale, shift, residual):
     features, shape = _check(features, weight, neighbor_idx), (_tensor(neighbor_idx).shape[1], weight.shape[0])
     assert all(v is None or v.shape == shape[1:] for v in (scale, shift)), f"scale and shift are [{shape[1]}] each"
     assert residual is None or residual.shape == shape, f"{tuple(residual.shape)=}, not {shape}"
-    given = [t for t in (features, weight, scale, shift, residual) if t is not None]
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    assert not tracked, "sparse_conv_act has no gradient: use sparse_conv, or torch.no_grad()"
+    if torch.is_grad_enabled():
+        tracked = any(t is not None and t.requires_grad for t in (features, weight, scale, shift, residual))
+        assert not tracked, "sparse_conv_act has no gradient: use sparse_conv, or torch.no_grad()"
     return features, weight, neighbor_idx, scale, shift, None if residual is None else residual.to(features.dtype)
 
 

@@ -36,14 +36,15 @@ def gather_gemm(
     (O, K, I), M = (weight.transpose(0, 2) if transposed else weight).shape, table.idx.shape[1]
     features, weight = features.contiguous(), weight.contiguous()
     out = features.new_empty(M, O)
-    if not min(M, I, O, len(features)):
+    if not min(M, I, O, features.shape[0]):
         return (out.zero_(), None) if with_moments or norm else out.zero_()
-    scale, shift, residual, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
+    scale, shift, residual, relu = act
+    scale, shift, residual = (None if v is None else v.contiguous() for v in (scale, shift, residual))
     norm_x, statistics, norm_out = norm or (None, None, None)
 
     def launch(blocks, table=table):
         tiles = table.tiles(blocks.m, blocks.sort)
-        T, parts = len(tiles.count_idx), None
+        T, parts = tiles.count_idx.shape[0], None
         if (with_moments or norm) and T <= MAX_TILES:
             parts = features.new_empty(T, 2, O, dtype=torch.float32)
         _gather_gemm_kernel[(T, cdiv(O, blocks.o))](
@@ -62,7 +63,7 @@ def gather_gemm(
         launch(blocks, table.trial())  # a copy: tiles made in a trial are not cached, so every trial makes them
 
     # all that the launch is compiled for
-    given = (v is not None for v in (scale, shift, residual, norm))
+    given = scale is not None, shift is not None, residual is not None, norm is not None
     flags = mirrored, transposed, with_moments, relu, *given
     kind = "gather_gemm", features.dtype, allow_tf32, *flags, K, I, O, M
     candidates = _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32)
@@ -81,7 +82,7 @@ def d_weight_of(layers, table, allow_tf32, submanifold=False):
     """
     all_features, d_outs = (tuple(t.contiguous() for t in tensors) for tensors in zip(*layers, strict=True))
     features, d_out, L = all_features[0], d_outs[0], len(layers)
-    (N, I), (M, O), K = features.shape, d_out.shape, len(table.idx)
+    (N, I), (M, O), K = features.shape, d_out.shape, table.idx.shape[0]
     if not min(N, M, I, O):
         return features.new_zeros(L, O, K, I, dtype=torch.float32)
     if _in_groups(features.dtype, K, I, O, submanifold):
@@ -92,11 +93,12 @@ def d_weight_of(layers, table, allow_tf32, submanifold=False):
     tiles = cdiv(I, block_i) * cdiv(O, block_o)  # of [O, I]
     # a chunk's length is a multiple of the largest candidate's step
     pairs = table.pairs(_max_chunks(K, M, I, O, tiles, L), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
-    partial = features.new_empty(L, len(pairs.first), O, I, dtype=torch.float32)
+    chunks = pairs.first.shape[0]
+    partial = features.new_empty(L, chunks, O, I, dtype=torch.float32)
 
     def launch(candidate):
         block_r, stages = candidate
-        _d_weight_kernel[(len(pairs.first), tiles, L)](
+        _d_weight_kernel[(chunks, tiles, L)](
             features_ptrs=all_features, d_out_ptrs=d_outs, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx,
             first_ptr=pairs.first, end_ptr=pairs.end, partial_ptr=partial, I=I, O=O,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
@@ -111,7 +113,7 @@ def d_weight_of(layers, table, allow_tf32, submanifold=False):
     launch(tuning.choose(kind, candidates, launch, features.device))
     _sum_chunks_kernel[(K, cdiv(O * I, BLOCK_E), L)](
         partial_ptr=partial, chunk_end_idx_ptr=pairs.chunk_end_idx, d_weight_ptr=d_weight,
-        CHUNKS=len(pairs.first), K=K, I=I, O=O, BLOCK_E=BLOCK_E,
+        CHUNKS=chunks, K=K, I=I, O=O, BLOCK_E=BLOCK_E,
     )  # fmt: skip
     return d_weight
 
@@ -123,7 +125,7 @@ def _d_weight_of_groups(all_features, d_outs, neighbor_idx):
     multiplies zeros for missing neighbors, which is cheap with few channels.
     """
     features = all_features[0]
-    I, (M, O), K, L = features.shape[1], d_outs[0].shape, len(neighbor_idx), len(d_outs)
+    I, (M, O), K, L = features.shape[1], d_outs[0].shape, neighbor_idx.shape[0], len(d_outs)
     group, block_o = GROUP_OF[I], _block(O, 64)
     groups, rows = cdiv(K, group), _group_rows(K, M, I)
     parts = cdiv(M, rows)

@@ -23,6 +23,7 @@ from unipad.model.sparse import (
     SparseTensor,
     SubMConv3d,
     VoxelSet,
+    convolutions_with_tables,
     make_tables,
     rounded_weights,
 )
@@ -338,25 +339,27 @@ def test_one_cast_of_all_weights_gives_the_same_bits():
     """In training and in inference; afterwards, and after an error, the convolutions cast their own again."""
     net, x = Small(), sparse("scattered", 3, dtype=torch.float32)
 
+    convs = convolutions_with_tables(net)
+
     def call(x, context=rounded_weights):
-        with torch.autocast("cpu", torch.bfloat16), context(net):
+        with torch.autocast("cpu", torch.bfloat16), context(convs):
             return net(x)
 
-    own, shared = (step(net, partial(call, context=c), x) for c in (lambda net: nullcontext(), rounded_weights))
+    own, shared = (step(net, partial(call, context=c), x) for c in (lambda convs: nullcontext(), rounded_weights))
     del own["mean"], shared["mean"]  # the second step's
     assert all(torch.equal(own[key], shared[key]) for key in own)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ZeroDivisionError), rounded_weights(net):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ZeroDivisionError), rounded_weights(convs):
         assert net.down.rounded.dtype == torch.bfloat16 and net.point.rounded is None  # 1 x 1 x 1: by autocast itself
         raise ZeroDivisionError
     assert all(m.rounded is None for m in (net.stem, net.down, net.up, net.point, net.halve))
-    with rounded_weights(net):
+    with rounded_weights(convs):
         assert net.down.rounded is None  # without autocast
-    with torch.autocast("cpu", torch.bfloat16), rounded_weights(net):
+    with torch.autocast("cpu", torch.bfloat16), rounded_weights(convs):
         # fp64 features are never cast, nor any features where autocast is off
         assert net.stem(SparseTensor(x.features.double(), x.voxels)).features.dtype == torch.float64
         with torch.autocast("cpu", enabled=False):
             assert net.stem(x).features.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16), rounded_weights(net.point):  # nothing to cast
+    with torch.autocast("cpu", torch.bfloat16), rounded_weights(convolutions_with_tables(net.point)):  # nothing to cast
         assert net.point.rounded is None
 
 

@@ -25,6 +25,7 @@ from unipad.model.sparse import (
     SparseTensor,
     SubMConv3d,
     VoxelSet,
+    convolutions_with_tables,
     in_fp32,
     make_tables,
     rounded_weights,
@@ -134,11 +135,12 @@ class SparseEncoder(nn.Module):
                 stage.append(ConvNormReLU(SparseConv3d(width, widths[i + 1], 3, 2, padding, bias=False)))
             self.encoder_layers.add_module(f"encoder_layer{i + 1}", stage)
         self.conv_out = ConvNormReLU(SparseConv3d(widths[-1], out_channels, 1, bias=False))
+        self.convs = convolutions_with_tables(self.encoder_layers)  # a list: not registered a second time
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Returns a SparseTensor at 1 / 2^(stages - 1) of the resolution."""
         x = in_fp32(self.conv_input, x)
-        with rounded_weights(self.encoder_layers):
+        with rounded_weights(self.convs):
             return self.conv_out(self.encoder_layers(x))
 
 

@@ -271,15 +271,16 @@ class SparseBatchNorm(SyncedBatchNorm):
         Cached until the mode, a parameter or a statistic changes; changes through `.data`, which autograd does not
         record, go unnoticed. A CUDA graph that reads it must not be replayed after a change.
         """
-        inputs = self.weight, self.bias, self.running_mean, self.running_var
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in inputs):
+        if torch.compiler.is_compiling():
             return self._make_scale_and_shift()
-        versions = [(id(t), t._version) for t in inputs]
+        inputs = *self._parameters.values(), *self._buffers.values()  # faster than by name
+        versions = [(id(t), t.is_inference() or t._version) for t in inputs]  # those of inference have no version
+        device = inputs[0].device
         if versions != self._versions:
-            if backend.capturing(self.weight.device):
+            if backend.capturing(device) or any(t.is_inference() for t in inputs):
                 return self._make_scale_and_shift()
             self._cache, self._versions, self._inputs = StreamCache(), versions, inputs
-        return self._cache.get("scale and shift", self.weight.device, self._make_scale_and_shift)
+        return self._cache.get("scale and shift", device, self._make_scale_and_shift)
 
     def _make_scale_and_shift(self):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -323,7 +324,7 @@ def run_steps(
 
 def _layers(steps, x):
     """(layers of `sparse_layers`, voxels of the result); (None, None) if they cannot be fused."""
-    if not (_can_fuse(x.features) and all(conv.bias is None and norm.training for conv, norm, _ in steps)):
+    if not all(norm.training and conv.bias is None for conv, norm, _ in steps) or not _can_fuse(x.features):
         return None, None
     layers, voxels = [], x.voxels
     for conv, norm, skips in steps:
@@ -363,37 +364,42 @@ def in_fp32(stem: "ConvNormReLU", x: SparseTensor) -> SparseTensor:
         return run_steps(stem.steps(), x, dtype=dtype)
 
 
-def rounded_weights(*nets: nn.Module):
-    """Context in which the sparse convolutions of `nets` share one cast of their fp32 weights, under autocast.
+def convolutions_with_tables(*nets: nn.Module) -> list[_SparseConvolution]:
+    """The sparse convolutions of `nets` with more than one kernel offset; autocast itself casts the others' weights."""
+    modules = (module for net in nets for module in net.modules())
+    return [m for m in modules if isinstance(m, _SparseConvolution) and math.prod(m.kernel) > 1]
+
+
+def rounded_weights(convs: Sequence[_SparseConvolution]):
+    """Context in which these convolutions share one cast of their fp32 weights, under autocast.
 
     The cast is made on entry, in one launch for all of them, and read by the forward and the backward of what runs
     inside; the weights must not change there. Without autocast, and in compiled code, every convolution casts its own.
+
+    convs: of `convolutions_with_tables`, which a net calls once, since it takes the host as long as several launches.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not convs:
         return contextlib.nullcontext()
-    convs = [m for net in nets for m in net.modules() if isinstance(m, _SparseConvolution)]
-    device = convs[0].weight.device.type if convs else "meta"
+    device = convs[0].weight.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return contextlib.nullcontext()
-    # those of a 1 x 1 x 1 kernel are cast by autocast itself
-    convs = [conv for conv in convs if math.prod(conv.kernel) > 1 and conv.weight.dtype == torch.float32]
-    if not convs:
         return contextlib.nullcontext()
     return _rounded_weights(convs, torch.get_autocast_dtype(device))
 
 
 @contextlib.contextmanager
 def _rounded_weights(convs, dtype):
-    weights = [conv.weight.detach() for conv in convs]
-    rounded = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-    torch._foreach_copy_(rounded, weights)
+    convs = [(conv, conv.weight.detach()) for conv in convs if conv.weight.dtype == torch.float32]
+    rounded = [torch.empty_like(weight, dtype=dtype) for _, weight in convs]
+    if rounded:
+        torch._foreach_copy_(rounded, [weight for _, weight in convs])
+    set_attribute = object.__setattr__  # not Module's, which looks for parameters and takes ten times as long
     try:
-        for conv, weight in zip(convs, rounded, strict=True):
-            conv.rounded = weight
+        for (conv, _), weight in zip(convs, rounded, strict=True):
+            set_attribute(conv, "rounded", weight)
         yield
     finally:
-        for conv in convs:
-            conv.rounded = None
+        for conv, _ in convs:
+            set_attribute(conv, "rounded", None)
 
 
 class ConvNormReLU(nn.Sequential):
@@ -436,10 +442,10 @@ class SparseStage(nn.Sequential):
     def forward(self, x: SparseTensor) -> SparseTensor:
         steps = []
         for module in self:
-            if getattr(module, "proj", None) is None:
-                steps += module.steps()
-            else:
+            if isinstance(module, SparseBlock) and module.proj is not None:
                 x, steps = module(run_steps(steps, x) if steps else x), []
+            else:
+                steps += module.steps()
         return run_steps(steps, x) if steps else x
 
 

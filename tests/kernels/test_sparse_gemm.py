@@ -54,7 +54,7 @@ LAUNCHES = [
         (IEEE, SUMS, True, 16, 4, 1, 128, 64, 16, 4, BY_16, BF16, "HGMMA", 80, 59904, EVERY),
         (IEEE, SUMS | dict(residual_ptr=None), True, 0, 1, 1, 128, 64, 64, 4, BY_16, BF16, "HGMMA", 168, 74760,
          ONE_TARGET),
-        (IEEE, SUMS, True, 0, 1, 2, 64, 32, 32, 4, BY_16, FP32, "", 128, 25096, EVERY),
+        (IEEE, SUMS, True, 0, 1, 2, 64, 32, 32, 4, BY_16, FP32, "", 168, 25096, EVERY),
         (IEEE, PLAIN, False, 5, 6, 1, 64, 32, 16, 4, (), BF16, "HGMMA", 128, 8192, EVERY),
         (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), BF16, "HGMMA", 104, 8192, ONE_TARGET),
         (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, BY_16, FP32, "HGMMA", 48, 32000, ONE_TARGET),

@@ -29,6 +29,16 @@ LAUNCHES = [
         ("_norm_relu_bwd_kernel", PARTS, 128, 1024),
         ("_norm_relu_bwd_kernel", PARTS | dict(d_residual_ptr=None), 128, 1024),
     ]
+] + [
+    Launch(  # after a convolution in fp32, whose norm's result is half
+        kernel, flags | BLOCKS[16], TYPES | dict(out_ptr="*bf16", d_out_ptr="*bf16"), ("C",), ("fp32",),
+        num_warps=WARPS, registers=registers, shared=shared,
+    )
+    for kernel, flags, registers, shared in [
+        ("_norm_relu_fwd_kernel", PARTS | dict(residual_ptr=None), 96, 1024),
+        ("_norm_relu_sums_kernel", {}, 128, 1024),
+        ("_norm_relu_bwd_kernel", PARTS | dict(d_residual_ptr=None), 152, 4096),
+    ]
 ]  # fmt: skip
 
 # rows, channels: a block has 4096 / 16 = 256 rows of 16 channels, 64 of 64 or more

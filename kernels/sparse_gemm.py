@@ -40,13 +40,13 @@ def gather_gemm(
         return (out.zero_(), None) if with_moments or norm else out.zero_()
     scale, shift, residual, relu = act
     scale, shift, residual = (None if v is None else v.contiguous() for v in (scale, shift, residual))
-    norm_x, statistics, norm_out = norm or (None, None, None)
 
     def launch(blocks, table=table):
         tiles = table.tiles(blocks.m, blocks.sort)
         T, parts = tiles.count_idx.shape[0], None
         if (with_moments or norm) and T <= MAX_TILES:
             parts = features.new_empty(T, 2, O, dtype=torch.float32)
+        norm_x, statistics, norm_out = norm if norm and parts is not None else (None, None, None)
         _gather_gemm_kernel[(T, cdiv(O, blocks.o))](
             features_ptr=features, weight_ptr=weight, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx,
             offset_idx_ptr=tiles.offset_idx, read_idx_ptr=tiles.read_idx, out_ptr=out,

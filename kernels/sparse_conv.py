@@ -176,7 +176,8 @@ def _forward_act(
     flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     # if anything is empty, the reference runs: `gather_gemm` would return zeros, without shift and residual
     if not reference and min(*features.shape, *flat.shape, table.idx.shape[1]):
-        return gather_gemm(features, flat, table, allow_tf32, act=(scale, shift, residual, relu))
+        given = (None if t is None else t.contiguous() for t in (scale, shift, residual))
+        return gather_gemm(features, flat, table, allow_tf32, act=(*given, relu))
 
     def finish(out, rows):
         if scale is not None:

@@ -25,7 +25,7 @@ def gather_gemm(
 
     mirrored:   the table's offsets are in the reverse order of the weights'.
     transposed: the weights are [I, K, O], as for the gradient of the features.
-    act:        scale, shift, residual and relu of `sparse_conv_act`.
+    act:        scale, shift, residual and relu of `sparse_conv_act`; tensors are contiguous.
     with_moments: return ([M, O], `moments` of `norm_relu_fwd` or None): a part is a tile.
     norm:       x, statistics and out of a `norm_relu` whose d_out is computed: return ([M, O], `sums` of
                 `norm_relu_bwd` or None). With too many tiles, moments and sums are None.
@@ -39,7 +39,6 @@ def gather_gemm(
     if not min(M, I, O, features.shape[0]):
         return (out.zero_(), None) if with_moments or norm else out.zero_()
     scale, shift, residual, relu = act
-    scale, shift, residual = (None if v is None else v.contiguous() for v in (scale, shift, residual))
 
     def launch(blocks, table=table):
         tiles = table.tiles(blocks.m, blocks.sort)

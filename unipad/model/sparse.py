@@ -263,7 +263,7 @@ class SparseBatchNorm(SyncedBatchNorm):
 
     def running(self) -> tuple[Tensor, Tensor, Tensor]:
         """Running mean [C], running variance [C] and number of batches []."""
-        return self.running_mean, self.running_var, self.num_batches_tracked
+        return tuple(self._buffers.values())  # faster than by name
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(scale [C], shift [C]) of the layer in evaluation mode: x * scale + shift.
@@ -329,7 +329,7 @@ def _layers(steps, x):
     layers, voxels = [], x.voxels
     for conv, norm, skips in steps:
         voxels, table = conv.output_voxels_and_table(voxels)
-        if table is None or len(voxels) < 2:
+        if table is None or voxels.coords.shape[0] < 2:
             return None, None
         of_conv = dict(rounded=conv.rounded_for(x.features), allow_tf32=conv.allow_tf32)
         of_norm = dict(eps=norm.eps, running=norm.running(), momentum=norm.momentum)

@@ -176,7 +176,7 @@ def d_weight_of_groups(table, c_in, c_out, layers):
     (K, M), pairs = table.shape, (table >= 0).sum().item()
     group, block_r = sparse_gemm.GROUP_OF[c_in], sparse_gemm.BLOCK_R
     # a program sums one part of the rows for one group of offsets
-    groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
+    groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in, layers))
     # if the L1 hits: for one block of outputs, a row that several offsets of a group read comes from the L2 once
     rows_read = sum(
         (of_group >= 0).sum().item() / waste_and_reuse(of_group, torch.arange(M), block_r)[1]

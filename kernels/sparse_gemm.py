@@ -126,7 +126,7 @@ def _d_weight_of_groups(all_features, d_outs, neighbor_idx):
     features = all_features[0]
     I, (M, O), K, L = features.shape[1], d_outs[0].shape, neighbor_idx.shape[0], len(d_outs)
     group, block_o = GROUP_OF[I], _block(O, 64)
-    groups, rows = cdiv(K, group), _group_rows(K, M, I)
+    groups, rows = cdiv(K, group), _group_rows(K, M, I, L)
     parts = cdiv(M, rows)
     partial = features.new_empty(L, parts, O, K, I, dtype=torch.float32)
     _d_weight_of_groups_kernel[(parts, groups, L)](
@@ -142,9 +142,9 @@ def _in_groups(dtype, K, I, O, submanifold):
     return submanifold and dtype != torch.float32 and K <= 27 and I in GROUP_OF and O <= 64
 
 
-def _group_rows(K, M, I):
-    """Rows that a program sums for a group of offsets."""
-    parts = cdiv(GROUP_PROGRAMS, cdiv(K, GROUP_OF[I]))
+def _group_rows(K, M, I, L):
+    """Rows that a program sums for a group of offsets of one of L layers."""
+    parts = cdiv(GROUP_PROGRAMS, cdiv(K, GROUP_OF[I]) * L)
     return cdiv(cdiv(M, parts), BLOCK_R) * BLOCK_R
 
 

@@ -151,7 +151,7 @@ class SparseLayers(torch.autograd.Function):
                 d_residual = d_added
             if needs_parameter[3 * l]:
                 pending[l] = saved[l - 1][-1] if l else features, d_x
-            if pending and not (l and _alike(layer, layers[l - 1])):
+            if pending and not (l and len(pending) < MAX_ALIKE and _alike(layer, layers[l - 1])):
                 d_weights = d_weight_of(list(pending.values()), layer.table, layer.allow_tf32, submanifold=mirrored)
                 for i, d_weight in zip(pending, d_weights, strict=True):
                     d_parameters[3 * i] = d_weight.view_as(layer.weight).to(layer.weight.dtype)
@@ -165,6 +165,9 @@ class SparseLayers(torch.autograd.Function):
                 d_features = gemm()
             d_skipped = d_added if layer.skips else None
         return d_features, d_residual, None, None, *d_parameters
+
+
+MAX_ALIKE = 4  # layers, as in a stage of two blocks: partial sums of more would not stay in the L2
 
 
 def _alike(layer, other):

@@ -8,6 +8,7 @@ import torch
 from tests.check import check_against_ref, launches
 from tests.kernels.test_sparse_conv import CASES, ONE, STRIDE, THREE, grads, make_inputs, voxels
 from unipad.kernels import sparse_gemm
+from unipad.kernels import sparse_layers as module
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
 from unipad.kernels.sparse_gemm import gather_gemm
 from unipad.kernels.sparse_layers import Layer, sparse_layers, sparse_layers_ref
@@ -128,6 +129,15 @@ def test_launches(device):
     # four layers of 16 channels, whose sum is an operator; one of 5, one with a stride
     expected |= dict(_d_weight_of_groups_kernel=1, _d_weight_kernel=2, _sum_chunks_kernel=2, _pairs_kernel=2)
     assert Counter(backward) == expected
+
+
+def test_more_layers_alike_than_a_launch_takes_match_reference(monkeypatch, device):
+    """Four with 16 input channels, three and one."""
+    monkeypatch.setattr(module, "MAX_ALIKE", 3)
+    op, ref, inputs = make_net(STAGE, 37, device, bias=8)
+    with launches() as launched:
+        check_against_ref(op, ref, inputs, torch.float16)
+    assert launched.count("_d_weight_of_groups_kernel") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -103,6 +103,9 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
     label_efficiency.main(replace(args, seeds=(0, 1), arms=("scratch",)))
     assert "1 of 1: scratch, 0.5 of the labels, seed 1" in capsys.readouterr().out
     assert len(read_rows(tmp_path / "results.csv")) == 10  # two metrics of each of five runs
+    label_efficiency.main(replace(args, arms=("scratch",), portable=True))
+    assert {row.variant for row in read_rows(tmp_path / "results.csv")} == {"default", "default-portable"}
+    assert (tmp_path / "lidar/default-portable/scratch-0.5-2-0/checkpoints/last.pt").exists()
     with pytest.raises(UserError, match="name a new variant"):
         label_efficiency.main(replace(args, flags="--workers 0 --lr 1"))
     with pytest.raises(UserError, match="name a new variant"):

@@ -103,6 +103,14 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=7.5),
         ),
+        "images-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),
+            camera=TINY_CAMERA,
+            rays=RayChoice(strategy="patch", per_view=63, sky=0.0),
+            render=replace(TINY_RENDER, depth_weight=0.0, photometric_weight=10.0),
+            optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
         # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
         "camera-0.075": CAMERA_075_PRETRAIN,
         "camera-0.075-sweeps": replace(CAMERA_075_PRETRAIN, data=THREE_FRAMES),
@@ -111,6 +119,13 @@ PRETRAIN = {
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
         # (in nuScenes 900 x 1600)
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
+        # The same without LiDAR
+        "camera-0.1-images": PretrainRecipe(
+            data=Data(sweeps=0, sources=(-3, 3)),
+            camera=CameraConfig(),
+            rays=RayChoice(strategy="patch"),
+            render=Render(depth_weight=0.0, photometric_weight=10.0),
+        ),
     },
     "lidar": {
         "tiny": PretrainRecipe(

@@ -86,34 +86,29 @@ def photometric_error(depth: Tensor, hit: Tensor, rays: Rays, sources: Sources) 
     keyframe, others, patch = sources.keyframe, sources.others, sources.patch
     R, (B, N), M = len(depth), keyframe.pixels.shape[:2], others.pixels.shape[1]
     bundle = rays.origins, rays.directions, rays.volume_idx
-
-    def seen_in(images, depth):
-        return warp(depth, bundle, images.pixels, images.projections, images.sizes)
-
     camera = (torch.arange(R, device=depth.device) * B * N // R % N)[:, None]  # [R, 1] of each ray
     own = torch.arange(N, device=depth.device) == camera  # [R, N]
-    colors, seen = seen_in(keyframe, depth)
+    in_keyframe = colors, seen = warp(depth, bundle, keyframe.pixels, keyframe.projections, keyframe.sizes)
     # in its own camera the end of a ray is seen in the ray's pixel, whatever the depth
     target = colors.detach().take_along_dim(camera[..., None], dim=1)  # [R, 1, 3]
-    hit = (hit[:, None] & seen & own).any(dim=1, keepdim=True)
-    errors = [_errors(colors, seen & ~own & hit, target, patch)]
-    errors.append(_errors(*_and(seen_in(others, depth), hit), target, patch))
+    known = (hit[:, None] & seen & own).any(dim=1, keepdim=True)  # [R, 1]
+    in_others = warp(depth, bundle, others.pixels, others.projections, others.sizes)
+    errors = [_errors(in_keyframe, known & ~own, target, patch), _errors(in_others, known, target, patch)]
     error = torch.cat(errors, dim=1).amin(dim=1)  # [R], inf: seen nowhere
     with torch.no_grad():
-        at_rest = Images(others.pixels, keyframe.projections.repeat(1, M // N, 1, 1), others.sizes)
-        unmoved = _errors(*_and(seen_in(at_rest, depth.detach()), own.repeat(1, M // N)), target, patch).amin(dim=1)
+        at_rest = keyframe.projections.repeat(1, M // N, 1, 1)
+        unmoved = warp(depth.detach(), bundle, others.pixels, at_rest, others.sizes)
+        unmoved = _errors(unmoved, own.repeat(1, M // N), target, patch).amin(dim=1)
         counted = ~((error == torch.inf) | (error >= unmoved))  # True for NaN, which must not be hidden
     return torch.where(counted, error, 0), counted
 
 
-def _and(warped, mask):
-    colors, seen = warped
-    return colors, seen & mask
+def _errors(warped, allowed, target, patch):
+    """[R, M] error of the rays' colors in each source w.r.t. `target`, [R, 1, 3]; inf where a source does not see the
+    whole patch, or is not `allowed`, [R, M or 1].
 
-
-def _errors(colors, seen, target, patch):
-    """[R, M] error of the rays' colors in each source, [R, M, 3], w.r.t. `target`, [R, 1, 3]; inf where a source does
-    not see the whole patch."""
+    warped: the colors [R, M, 3], and whether they are seen, [R, M]."""
+    colors, seen = warped[0], warped[1] & allowed
     x, y = (t.unflatten(0, (-1, patch * patch)) for t in (colors, target))  # [patches, pixels, M or 1, 3]
     x_mean, y_mean = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
     dx, dy = x - x_mean, y - y_mean

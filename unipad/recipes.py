@@ -121,7 +121,7 @@ PRETRAIN = {
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
         # (in nuScenes 900 x 1600)
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
-        # The same without LiDAR. Not the paper's: steps of a patch as in images-tiny, as a fraction of the image's width.
+        # The same without LiDAR, not in the paper; the steps of a patch are as wide, in angles, as in images-tiny
         "camera-0.1-images": PretrainRecipe(
             data=Data(sweeps=0, sources=(-1, 1)),
             camera=CameraConfig(),

@@ -191,7 +191,8 @@ def main(args: Args):
             split = dataset_type.splits(root, version).get(args.split, args.split)
             # None keeps all points: --tta may move those outside the grid into it, and segmentation classifies them too
             point_range = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
-            dataset = dataset_type(root, version, split, recipe.data, point_range=point_range)
+            data = dataset_type.data_to_evaluate(root, version, split, recipe.data)
+            dataset = dataset_type(root, version, split, data, point_range=point_range)
 
         model = TASKS[task](recipe).to(world.device).eval()
         load_weights(model, saved["model"], args.checkpoint)

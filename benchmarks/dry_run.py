@@ -258,7 +258,8 @@ def make_batch(recipe, scene=0, cameras=6):
     B, data = recipe.optim.batch_size, recipe.data
     H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))  # padded as by `collate`
     views = cameras * data.camera_sweeps if data.cameras else 0
-    points = [25_000 * data.sweeps + 137 * b + 23 * scene for b in range(B)]
+    points = [(25_000 * data.sweeps + 137 * b + 23 * scene) * (data.sweeps > 0) for b in range(B)]
+    sources = cameras * len(data.sources)
     boxes = [30 + 3 * b + scene for b in range(B)]
 
     def on_gpu(*shape, dtype=torch.float32):
@@ -277,6 +278,9 @@ def make_batch(recipe, scene=0, cameras=6):
         point_labels=on_gpu(sum(points), dtype=torch.uint8),
         tokens=("",) * B,
         frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
+        source_images=on_gpu(B, sources, H, W, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) if sources else None,
+        source_sizes=on_gpu(B, sources, 2, dtype=torch.int64) if sources else None,
+        lidar2source=on_gpu(B, sources, 4, 4) if sources else None,
     )
 
 

@@ -113,7 +113,8 @@ class Times:
 
 def load_ms(recipe, cameras, machine):
     """Milliseconds in which a GPU's data loading processes together load one sample."""
-    images = cameras * recipe.data.camera_sweeps if recipe.data.cameras and recipe.reads_pixels else 0
+    frames = recipe.data.camera_sweeps + len(recipe.data.sources)
+    images = cameras * frames if recipe.data.cameras and recipe.reads_pixels else 0
     return (images * machine.image_ms + recipe.data.sweeps * machine.sweep_ms) / machine.workers
 
 

@@ -32,7 +32,7 @@ from unipad.data.cutpaste import cut_out, load_objects
 from unipad.data.dataset import BadFrame, collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate, is_synthetic
-from unipad.data.tables import load_camera_sweeps, load_index
+from unipad.data.tables import load_camera_sweeps, load_index, load_source_frames
 from unipad.evaluate.segmentation import score_segmentation, write_segmentation
 from unipad.evaluate.submission import score_submission, write_submission
 from unipad.kernels import tuning
@@ -163,6 +163,13 @@ def read_camera_sweeps(folder):
     """The cached index of the camera sweeps before each keyframe."""
     readout = Readout()
     readout.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
+    return readout
+
+
+def read_sources(folder):
+    """The cached index of the frames around each keyframe that the photometric loss looks into."""
+    readout = Readout()
+    readout.add(sources=load_source_frames(folder / "city", VERSION, "mini_val", (-1, 1)))
     return readout
 
 
@@ -371,6 +378,7 @@ KINDS = {
     "map": Kind("city/maps/*.png", read_city),
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
     "camera sweeps": Kind("city/unipad-index/*mini_val-camera-sweeps.npz", read_camera_sweeps, checked=True),
+    "sources": Kind("city/unipad-index/*mini_val-sources-1+1.npz", read_sources, checked=True),
     "objects": Kind("city/unipad-index/*-objects-*", read_objects, checked=True, weight=2),
     # checkpoints, by what a user does with them
     "resumed": Kind("run/checkpoints/last.pt", read_run, "checkpoint", checked=True, weight=2),
@@ -431,7 +439,8 @@ def make_files(folder: Path, city: Path | None):
     table = root / VERSION / "sample_data.json"
     table.write_text(re.sub(r"(samples/CAM_BACK/[^\"]*)\.jpg", r"\1.png", table.read_text()))
     train_set, val_set = (NuScenesDataset(root, VERSION, split, Data()) for split in ("mini_train", "mini_val"))
-    load_camera_sweeps(root, VERSION, "mini_val")  # these two write their caches
+    load_camera_sweeps(root, VERSION, "mini_val")  # these three write their caches
+    load_source_frames(root, VERSION, "mini_val", (-1, 1))
     load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)
 
     run = folder / "run"

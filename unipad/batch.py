@@ -82,6 +82,11 @@ class Batch:
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
+    # M sources of the photometric loss; None: no sources. The frames of `Data.sources` in their order, each with the
+    # keyframe's cameras. Never the encoder's input; the images stay uint8.
+    source_images: Tensor | None = None  # [B, M, C, H, W], padded and in memory as `images`
+    source_sizes: Tensor | None = None  # [B, M, 2] as `image_sizes`; 0 where the scene has no such frame
+    lidar2source: Tensor | None = None  # [B, M, 4, 4] meters (LiDAR frame of the keyframe) -> as `lidar2image`
     rig: tuple[Tensor, int, bytes] | None = None  # for `calibration`, set by `to`: `lidar2image`, its version and bytes
 
     def __len__(self) -> int:

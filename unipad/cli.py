@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import tyro
 
-from unipad.config import CONVNEXT, Recipe, from_dict
+from unipad.config import CONVNEXT, FinetuneRecipe, PretrainRecipe, Recipe, from_dict
 from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
@@ -27,8 +27,8 @@ A = TypeVar("A")
 # class and an IoU.
 # Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
-MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms"}
-SIGNED = {"low", "high", "center_low", "center_high", "variance"}  # floats that may be negative; all others may not
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "sweeps"}
+SIGNED = {"low", "high", "center_low", "center_high", "variance", "sources"}  # may be negative; all others may not
 UP_TO_1 = {  # floats from 0 to 1
     "flip_x",
     "flip_y",
@@ -139,7 +139,7 @@ def check_recipe(recipe: Recipe):
         for name, value in vars(settings).items() if dataclasses.is_dataclass(settings) else ():
             flag, least = f"--{section}.{name}".replace("_", "-"), 0 if name in MAY_BE_0 else 1
             for number in _leaves(value):
-                if type(number) is int and number < least:
+                if type(number) is int and number < least and name not in SIGNED:
                     raise UserError(f"{flag} {number} must be at least {least}.")
                 if type(number) is float and name in UP_TO_1 and not 0 <= number <= 1:
                     raise UserError(f"{flag} {number} must be from 0 to 1.")
@@ -151,6 +151,38 @@ def check_recipe(recipe: Recipe):
         raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
         raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe does not have; leave it out.")
+    if recipe.lidar is not None and not recipe.data.sweeps:
+        raise UserError("--data.sweeps 0 does not work with a LiDAR encoder, which this recipe has; give at least 1.")
+    if isinstance(recipe, PretrainRecipe):
+        _check_supervision(recipe)
+    elif isinstance(recipe, FinetuneRecipe) and (recipe.data.sources or not recipe.data.sweeps):
+        raise UserError("--data.sources and --data.sweeps 0 are for pre-training from images; leave them out.")
+
+
+def _check_supervision(recipe):
+    """Raises `UserError` for losses without the data that they compare with."""
+    data, rays, render = recipe.data, recipe.rays, recipe.render
+    if render.photometric_weight > 0:
+        if not (data.cameras and data.sources and rays.strategy == "patch"):
+            raise UserError(
+                "--render.photometric-weight compares patches of pixels with other frames: it needs images, "
+                "--rays.strategy patch, and --data.sources, such as -1 1."
+            )
+        if recipe.augment.photometric or recipe.augment.grid_mask:
+            raise UserError(
+                "--render.photometric-weight compares colors between frames, which --augment.photometric and "
+                "--augment.grid-mask change; leave them out."
+            )
+    elif data.sources:
+        raise UserError("--data.sources has no effect without --render.photometric-weight; leave it out.")
+    lidar_losses = {name: getattr(render, f"{name}_weight") for name in ("depth", "free_space", "sdf", "points")}
+    if not data.sweeps and (used := [name for name, weight in lidar_losses.items() if weight > 0]):
+        flags = " ".join(f"--render.{name.replace('_', '-')}-weight 0" for name in used)
+        raise UserError(f"--data.sweeps 0 reads no LiDAR, which some losses compare with: turn them off with {flags}.")
+    if not data.sweeps and (rays.strategy == "depth" or not data.cameras):
+        raise UserError(
+            "--data.sweeps 0 reads no LiDAR: rays need cameras and --rays.strategy random, dilation or patch."
+        )
 
 
 def _leaves(value):

@@ -103,6 +103,16 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=7.5),
         ),
+        "images-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),
+            camera=TINY_CAMERA,
+            rays=RayChoice(strategy="patch", per_view=126, patch_step=4, sky=0.0),
+            # The default variance, as in the LiDAR recipe: a sharp surface right in front of a camera is seen by no
+            # source, and so has no gradient.
+            render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=30.0),
+            optim=replace(TINY_OPTIM, epochs=10),
+        ),
         # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
         "camera-0.075": CAMERA_075_PRETRAIN,
         "camera-0.075-sweeps": replace(CAMERA_075_PRETRAIN, data=THREE_FRAMES),
@@ -111,6 +121,13 @@ PRETRAIN = {
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
         # (in nuScenes 900 x 1600)
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
+        # The same without LiDAR, not in the paper; the steps of a patch are as wide, in angles, as in images-tiny
+        "camera-0.1-images": PretrainRecipe(
+            data=Data(sweeps=0, sources=(-1, 1)),
+            camera=CameraConfig(),
+            rays=RayChoice(strategy="patch", patch_step=28),
+            render=Render(depth_weight=0.0, photometric_weight=30.0),
+        ),
     },
     "lidar": {
         "tiny": PretrainRecipe(

@@ -25,6 +25,7 @@ from unipad.runtime import generators, mixed_precision
 # (docs/log.md); for CPU tensors, `SyncedBatchNorm` uses its own formulas, which are more accurate.
 CASES = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
+    "images": (PRETRAIN["camera"]["images-tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),
     "fusion": (PRETRAIN["fusion"]["tiny"], 5e-6, 1e-3),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
@@ -39,7 +40,7 @@ def small(recipe):
         recipe,
         grid=SMALL_GRID,
         data=replace(recipe.data, image_size=(64, 112)),
-        rays=replace(recipe.rays, per_view=6, lidar_per_view=4),
+        rays=replace(recipe.rays, per_view=9 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
         render=replace(recipe.render, samples=16, importance=8, search=16),
     )
 

@@ -49,6 +49,11 @@ REJECTED = [
         ([("composite", dict(alpha=lambda t: t.double()))], "alpha is torch.float64"),
         ([("depth_in_range", dict(hit=lambda t: t[:1]))], r"\(33,\), \(1,\)\] do not match"),
         ([("depth_in_range", dict(edges=lambda t: t[:, :1]))], "S > 0"),
+        ([("warp", dict(depth=lambda t: t[:1]))], r"\(1,\), \(33, 3\).* do not match"),
+        ([("warp", dict(projections=lambda t: t[:, :1]))], "do not match"),
+        ([("warp", dict(images=lambda t: t[0]))], "do not match"),
+        ([("warp", dict(images=lambda t: t[:, :, :0]))], "no pixels"),
+        ([("warp", dict(depth=lambda t: t.half()))], "fp32 or fp64"),
         ([("neus_alpha", dict(deltas=lambda t: t[:, :1]))], r"deltas \(33, 1\) do not match sdf \(33, 16\)"),
         ([("neus_alpha", dict(directions=lambda t: t[:1]))], "match sdf"),
         ([("neus_alpha", dict(gradient=lambda t: t[:, :1]))], "match sdf"),
@@ -112,7 +117,12 @@ def test_autocast_does_not_change_a_reference(op):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "op, names",
-    [("lift", ["lidar2image"]), ("voxel_pool", ["lidar2image"]), ("sdf_render", ["rays", "edges", "cells"])],
+    [
+        ("lift", ["lidar2image"]),
+        ("voxel_pool", ["lidar2image"]),
+        ("sdf_render", ["rays", "edges", "cells"]),
+        ("warp", ["rays", "projections"]),
+    ],
 )
 def test_geometry_has_no_gradient_on_either_path(op, names, path):
     inputs = inputs_of(op)

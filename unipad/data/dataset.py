@@ -54,6 +54,12 @@ class Sample:
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each camera frame relative to the keyframe, which is first, with 0; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
+
+    With `Data.sources`, the M images that the photometric loss looks into: frames before and after the keyframe, in the
+    order of `Data.sources`, each with the keyframe's cameras in their order:
+
+    source_images: M times [h, w, 3] uint8 RGB; [0, 0, 3] where the scene has no such frame. None: no sources.
+    lidar2source:  [M, 4, 4] float32 LiDAR of the keyframe -> as `lidar2image`.
     """
 
     images: list[np.ndarray]
@@ -66,6 +72,8 @@ class Sample:
     token: str
     frame_lags: np.ndarray | None = None
     cameras: tuple[str, ...] = ()
+    source_images: list[np.ndarray] | None = None
+    lidar2source: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -143,6 +151,11 @@ class DrivingDataset(torch.utils.data.Dataset):
         """Whether the split has images; without them rays are cast from the LiDAR."""
         return True
 
+    @classmethod
+    def has_points(cls, root: str | Path, version: str, split: str) -> bool:
+        """Whether the split has LiDAR points; a model that was trained without them is evaluated on them if so."""
+        return True
+
     def load(self, frame: int) -> Sample:
         """Read frame number `frame` of the split. Raises `BadFrame` with the path of a missing or broken file, and no
         other exception."""
@@ -192,10 +205,19 @@ class DrivingDataset(torch.utils.data.Dataset):
         train, val = cls.train_val_splits(root, version)
         settings = {"label_fraction": label_fraction, "augment": recipe.augment}
         train_set = cls(root, version, train, recipe.data, point_range=point_range, **settings)
-        val_set = cls(root, version, val, recipe.data, point_range=point_range)
+        val_set = cls(
+            root, version, val, cls.data_to_evaluate(root, version, val, recipe.data), point_range=point_range
+        )
         if recipe.camera is not None and not cls.has_images(root, version, train):
             raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
         return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
+
+    @classmethod
+    def data_to_evaluate(cls, root: str | Path, version: str, split: str, data: Data) -> Data:
+        """What evaluation reads of a split: no sources, and where training reads no LiDAR, that of the keyframe, as the
+        truth of rendered depths, if the split has points."""
+        truth = not data.sweeps and cls.has_points(root, version, split)
+        return replace(data, sources=(), sweeps=1 if truth else data.sweeps)
 
     def __len__(self):
         return len(self.frames)
@@ -274,15 +296,10 @@ def check_recorded(name: str, run: Path):
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples to a `Batch` on the CPU, with uint8 images, padded at the right and bottom to a multiple of 32."""
-    views = len(samples[0].images)
-    sizes = [image.shape[:2] for s in samples for image in s.images]
-    sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
-    H, W = (-(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32 for i in range(2))
-    channels = samples[0].images[0].shape[2] if views else 3
-    images = np.zeros((len(samples), views, H, W, channels), np.uint8)
-    for sample, padded in zip(samples, images, strict=True):
-        for image, view in zip(sample.images, padded, strict=True):
-            view[: image.shape[0], : image.shape[1]] = image
+    images, sizes = _padded([s.images for s in samples])
+    source_images, source_sizes = None, None
+    if samples[0].source_images is not None:
+        source_images, source_sizes = _padded([s.source_images for s in samples])
 
     def stack(name):
         return torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
@@ -292,7 +309,7 @@ def collate(samples: list[Sample]) -> Batch:
 
     labeled = all(s.point_labels is not None for s in samples)
     return Batch(
-        images=torch.from_numpy(images).permute(0, 1, 4, 2, 3),
+        images=images,
         image_sizes=sizes,
         lidar2image=stack("lidar2image"),
         lidar2camera=stack("lidar2camera"),
@@ -305,7 +322,24 @@ def collate(samples: list[Sample]) -> Batch:
         tokens=tuple(s.token for s in samples),
         frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
         cameras=samples[0].cameras,
+        source_images=source_images,
+        source_sizes=source_sizes,
+        lidar2source=None if source_images is None else stack("lidar2source"),
     )
+
+
+def _padded(images_of_samples):
+    """[B, N, C, H, W] uint8 images, zero-padded to a multiple of 32, with C last in memory; [B, N, 2] their sizes."""
+    views = len(images_of_samples[0])
+    sizes = [image.shape[:2] for images in images_of_samples for image in images]
+    sizes = torch.tensor(sizes, dtype=torch.int64).view(len(images_of_samples), views, 2)
+    H, W = (max(32, -(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32) for i in range(2))
+    channels = images_of_samples[0][0].shape[2] if views else 3
+    padded = np.zeros((len(images_of_samples), views, H, W, channels), np.uint8)
+    for images, views_of_sample in zip(images_of_samples, padded, strict=True):
+        for image, view in zip(images, views_of_sample, strict=True):
+            view[: image.shape[0], : image.shape[1]] = image
+    return torch.from_numpy(padded).permute(0, 1, 4, 2, 3), sizes
 
 
 def _crop_points(sample, low, high):

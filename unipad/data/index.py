@@ -73,6 +73,20 @@ class CameraSweeps:
     lags: np.ndarray  # [F, W] float32 how many seconds before the keyframe's image
 
 
+@dataclass(frozen=True)
+class SourceFrames:
+    """The images before and after each keyframe of a split that the photometric loss looks into: a separate index.
+
+    F keyframes in the order of the `Index`, M sources: for each of some offsets in frames, in their order, N cameras.
+    Among these frames may be other keyframes; where the scene has no such frame, the file's name is empty.
+    """
+
+    image_files: np.ndarray  # [F, M]
+    image_sizes: np.ndarray  # [F, M, 2] int64 as in `Index`
+    intrinsics: np.ndarray  # [F, M, 4, 4] float32 as in `Index`
+    lidar2camera: np.ndarray  # [F, M, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
+
+
 def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
     """The index of a split from the tables.
 
@@ -200,6 +214,32 @@ def _chain_before(nusc, record):
             _check_gap(nusc, newer, newer["timestamp"] - record["timestamp"])
         chain.append(record)
     return chain
+
+
+def build_source_frames(nusc, split: str, scenes: set[str], verbose: bool, offsets: tuple[int, ...]) -> SourceFrames:
+    """The frames at `offsets` from the keyframes of a split, negative for earlier ones; other arguments and errors as
+    `build_index`."""
+    samples, names = _samples(nusc, scenes), _camera_names(nusc)
+    lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
+    records = []
+    for sample in tqdm(samples, f"sources of {nusc.version} {split}", disable=not verbose, unit="frame"):
+        keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
+        records += [_frame_at(nusc, key, offset) for offset in offsets for key in keys]
+    images = _images(nusc, records, (len(samples), len(offsets) * len(names)), lidar2global)
+    return SourceFrames(**{k: a.astype(np.float32) if a.dtype == np.float64 else a for k, a in images.items()})
+
+
+def _frame_at(nusc, record, offset):
+    """The sample_data record `offset` frames after `record`, before it if negative; None where the scene has none."""
+    for _ in range(abs(offset)):
+        token = record and record["next" if offset > 0 else "prev"]
+        if not token:
+            return None
+        other = nusc.get("sample_data", token)
+        earlier, later = (record, other) if offset > 0 else (other, record)
+        _check_gap(nusc, later, later["timestamp"] - earlier["timestamp"])
+        record = other
+    return record
 
 
 def _camera_names(nusc):

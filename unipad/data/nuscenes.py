@@ -30,11 +30,20 @@ from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
-from unipad.data.tables import find_root, load_camera_sweeps, load_index, samples_of_scenes, tables_state
+from unipad.data.tables import (
+    find_root,
+    load_camera_sweeps,
+    load_index,
+    load_source_frames,
+    samples_of_scenes,
+    tables_state,
+)
 
 MAX_INTENSITY = 65535.0  # a larger one means a damaged file: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
 MAX_LISTED = 3  # files or rows that a message lists, at most
+# Fields of an index that describe views: files, sizes, matrices
+VIEW_FIELDS = ("image_files", "image_sizes", "intrinsics", "lidar2camera")
 
 
 class NuScenesDataset(DrivingDataset):
@@ -61,6 +70,7 @@ class NuScenesDataset(DrivingDataset):
         self.index, self.camera_sweep_index = load_index(root, version, split), None
         if data.cameras and data.camera_sweeps > 1:  # `Data` counts the keyframe as a sweep
             self.camera_sweep_index = load_camera_sweeps(root, version, split)
+        self.source_index = load_source_frames(root, version, split, data.sources) if data.sources else None
         settings = (label_fraction, point_range, augment)
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
         self.frames = self._complete_frames()
@@ -76,7 +86,8 @@ class NuScenesDataset(DrivingDataset):
     @classmethod
     def default_root(cls, data):
         """A synthetic city, generated if it does not exist yet."""
-        return ensure_city(data.camera_sweeps - 1)  # `Data` counts the keyframe, the city does not
+        # `Data` counts the keyframe, the city does not; 5: all frames between keyframes, so that both sides have some
+        return ensure_city(5 if data.sources else data.camera_sweeps - 1)
 
     @classmethod
     def has_images(cls, root, version, split):
@@ -84,6 +95,13 @@ class NuScenesDataset(DrivingDataset):
         root = find_root(root, version)
         files = load_index(root, version, split).image_files
         return bool(files.size) and bool(on_disk(root, files).all(axis=1).any())
+
+    @classmethod
+    def has_points(cls, root, version, split):
+        """Whether at least one keyframe has its LiDAR file on disk."""
+        root = find_root(root, version)
+        index = load_index(root, version, split)
+        return bool(on_disk(root, index.lidar_files[index.frame_lidar]).any())
 
     def labels_of(self, frame):
         return self.index.labels[slice(*self.index.box_offsets[frame : frame + 2])]
@@ -110,22 +128,21 @@ class NuScenesDataset(DrivingDataset):
 
     def load(self, frame):
         index = self.index
-        files, sizes, intrinsics, lidar2camera = self._views(frame)
-        images, scales = [], np.empty((len(files), 4, 4))
-        read = self._read_image if self.pixels else self._image_without_pixels
-        for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
-            image, scales[view] = read(file, *size.tolist())
-            images.append(image)
+        images, lidar2camera, lidar2image = self._read_views(*self._views(frame))
+        source_images, lidar2source = None, None
+        if self.source_index is not None:
+            views = (getattr(self.source_index, name)[frame] for name in VIEW_FIELDS)
+            source_images, _, lidar2source = self._read_views(*views)
         clouds = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
-        if index.lidarseg_files[frame]:
+        if index.lidarseg_files[frame] and self.data.sweeps:
             point_labels = np.zeros(len(points), np.uint8)
             point_labels[: len(clouds[0])] = self._read_labels(frame, len(clouds[0]))
         b = slice(*index.box_offsets[frame : frame + 2])
         return Sample(
             images=images,
-            lidar2image=(scales @ intrinsics @ lidar2camera).astype(np.float32),
-            lidar2camera=lidar2camera.astype(np.float32),
+            lidar2image=lidar2image,
+            lidar2camera=lidar2camera,
             points=points,
             point_labels=point_labels,
             boxes=index.boxes[b],
@@ -133,17 +150,31 @@ class NuScenesDataset(DrivingDataset):
             token=index.tokens[frame].decode(),
             frame_lags=self._frame_lags(frame),
             cameras=tuple(name.decode() for name in index.cameras) if self.data.cameras else (),
+            source_images=source_images,
+            lidar2source=lidar2source,
         )
 
     def _views(self, frame):
         """(files [N], sizes [N, 2], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, in
         the order of `Batch`."""
-        names = ("image_files", "image_sizes", "intrinsics", "lidar2camera")
-        views = [getattr(self.index, name)[frame, : None if self.data.cameras else 0] for name in names]
+        views = [getattr(self.index, name)[frame, : None if self.data.cameras else 0] for name in VIEW_FIELDS]
         if self.camera_sweep_index is not None:
-            before = [getattr(self.camera_sweep_index, name)[frame, : self.data.camera_sweeps - 1] for name in names]
+            last = self.data.camera_sweeps - 1
+            before = [getattr(self.camera_sweep_index, name)[frame, :last] for name in VIEW_FIELDS]
             views = [np.concatenate([key, *frames]) for key, frames in zip(views, before, strict=True)]
         return views
+
+    def _read_views(self, files, sizes, intrinsics, lidar2camera):
+        """Images (of views without a file [0, 0, 3]), and float32 `lidar2camera` and `lidar2image`, of some views as
+        `_views` returns them."""
+        images, scales = [], np.tile(np.eye(4), (len(files), 1, 1))
+        read = self._read_image if self.pixels else self._image_without_pixels
+        for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
+            image = np.empty((0, 0, 3), np.uint8)
+            if file:
+                image, scales[view] = read(file, *size.tolist())
+            images.append(image)
+        return images, lidar2camera.astype(np.float32), (scales @ intrinsics @ lidar2camera).astype(np.float32)
 
     def _frame_lags(self, frame):
         """[S] float32 seconds, 0 first; None without camera sweeps."""
@@ -155,8 +186,10 @@ class NuScenesDataset(DrivingDataset):
 
     def _read_points(self, key):
         """List of [P, 5], columns as in `Batch.points`: the LiDAR scan in row `key` of the index, then the sweeps
-        before it in its scene, the latest first; all in the LiDAR frame of `key`."""
+        before it in its scene, the latest first; all in the LiDAR frame of `key`. No file is read for 0 sweeps."""
         index = self.index
+        if not self.data.sweeps:
+            return [np.empty((0, 5), np.float32)]
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]
@@ -241,7 +274,7 @@ class NuScenesDataset(DrivingDataset):
         """{kind: [F, number]} the files that `load` reads for each of `frames`; two kinds are named as flags of `Data`.
 
         Where the tables have no such sweep or labels, the keyframe's LiDAR file, needed anyway, is listed instead;
-        where they have no image, an empty name.
+        where they have no such source, the keyframe's first image; where they have no image, an empty name.
         """
         index, frames, data = self.index, self.frames, self.data
         key = index.frame_lidar[frames]
@@ -252,13 +285,19 @@ class NuScenesDataset(DrivingDataset):
         lidar = index.lidar_files[np.stack(chain, axis=1)]
         labels = index.lidarseg_files[frames, None]
         labels = np.where(labels == b"", lidar[:, :1], labels)
+        if not data.sweeps:
+            lidar, labels = lidar[:, :0], labels[:, :0]
         images = index.image_files[frames, : None if data.cameras else 0]
         sweep_images = images[:, :0]  # none
         if self.camera_sweep_index is not None:
             sweep_images = self.camera_sweep_index.image_files[frames, : data.camera_sweeps - 1]
             sweep_images = sweep_images.reshape(len(frames), -1)
+        sources = images[:, :0]
+        if self.source_index is not None:
+            sources = self.source_index.image_files[frames]
+            sources = np.where(sources == b"", images[:, :1], sources)  # the scene has no such frame
         keyframe = np.concatenate([lidar[:, :1], labels, images], axis=1)
-        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images}
+        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images, "sources": sources}
 
 
 def _load_bytes(path):

@@ -64,6 +64,8 @@ def apply_transform(sample, transform: np.ndarray):
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
     points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]
+    if sample.lidar2source is not None:
+        sample = replace(sample, lidar2source=(sample.lidar2source.astype(np.float64) @ inverse).astype(np.float32))
     return replace(
         sample,
         points=points,

@@ -70,7 +70,8 @@ def rendered_views(
     if model.renders_color(batch):
         add("rendered", rgb, step)
     points = batch.points[: batch.point_counts[0]]
-    add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))  # of the keyframe, not of sweeps
+    if len(points):
+        add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))  # of the keyframe, not of sweeps
     if "lidar" in masks:
         add("voxels, as the encoder sees them", project(batch, _centers(model.recipe, masks["lidar"])))
     add("rendered depth", depth, step)

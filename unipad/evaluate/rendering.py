@@ -26,7 +26,8 @@ def evaluate_rendering(
     masked:  mask the encoder's input as in training.
 
     Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned),
-    depth_abs_rel, depth_rmse (meters), depth_delta1 (fraction of rays within a factor 1.25). LiDAR depth is the truth;
+    depth_abs_rel, depth_rmse (meters), depth_delta1 (fraction of rays within a factor 1.25; all three are absent
+    without LiDAR points, if the model was trained without). LiDAR depth is the truth;
     a ray that misses the volume counts as black at depth 0. Sums run over all processes.
     """
     was_training = model.training
@@ -48,9 +49,11 @@ def evaluate_rendering(
     model.train(was_training)
     meet()  # frames may differ in the time they take
     squared_color, pixels, abs_rel, squared_depth, close, ray_count = all_reduce_sum(sums).tolist()
+    psnr = {"psnr": -10 * torch.tensor(squared_color / pixels).log10().item()} if pixels else {}
+    if not ray_count and psnr and not model.recipe.data.sweeps:
+        return psnr  # images only, as in training
     if not ray_count:
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")
-    psnr = {"psnr": -10 * torch.tensor(squared_color / pixels).log10().item()} if pixels else {}
     return psnr | {
         "depth_abs_rel": abs_rel / ray_count,
         "depth_rmse": (squared_depth / ray_count) ** 0.5,

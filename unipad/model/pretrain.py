@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unipad.batch import Batch
 from unipad.config import PretrainRecipe
 from unipad.model.encoder import Encoder
+from unipad.model.photometric import sources_of
 from unipad.model.rays import Rays, choose_rays, lidar_points
 from unipad.model.render import Renderer
 from unipad.model.volume import ConvNormReLU3d
@@ -48,7 +49,8 @@ class Pretrain(nn.Module):
         jitter = torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
         points = lidar_points(batch, self.recipe.rays) if self.recipe.render.points_weight > 0 else None
         rendered = self.renderer(volume, rays, jitter.flatten(0, 1), points)
-        return self.renderer.loss(rendered, rays), 1 - rendered.hit.float().mean()
+        sources = sources_of(batch, self.recipe.rays) if self.recipe.render.photometric_weight > 0 else None
+        return self.renderer.loss(rendered, rays, sources), 1 - rendered.hit.float().mean()
 
     def encode(self, batch: Batch, generators: Sequence[torch.Generator] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The volume [B, C, Z, Y, X] that rays are cast through, and what of each input is visible

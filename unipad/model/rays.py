@@ -39,13 +39,15 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
     dilation: every `cfg.dilation`-th pixel of every `cfg.dilation`-th row, in random order.
-    With random and dilation, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
+    patch:    squares of `cfg.patch` x `cfg.patch` pixels, `cfg.patch_step` apart, uniformly with replacement, below
+              `cfg.sky`; patch after patch, each row by row. Unlike the others', these rays go through pixels' centers.
+    With random, dilation and patch, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
 
     batch:      its `point_counts` are read on the host.
     generators: one per sample, on the batch's device. A sample's rays depend only on its own generator.
 
-    Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image), sample after
-    sample, view after view. In a view with fewer candidates, some rays are repeated.
+    Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image; patch: those of
+    whole patches), sample after sample, view after view. In a view with fewer candidates, some rays are repeated.
     Without cameras: B * 6 * per_view rays from the LiDAR to points, as `lidar_rays`, whatever the strategy.
     """
     if not batch.images.shape[1]:
@@ -67,8 +69,11 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
             pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.dilation)
             chosen = _draw(pixels, 1 * inside, pixels.shape[1], generators[b])
             chosen = _with_lidar_depth(chosen[..., :2], projected, visible, H, W)
+        elif cfg.strategy == "patch":
+            chosen = _patches(batch.image_sizes[b], cfg, generators[b])
+            chosen = _with_lidar_depth(chosen, projected, visible, H, W)
         else:
-            raise ValueError(f"no ray strategy {cfg.strategy!r}: choose depth, random or dilation")
+            raise ValueError(f"no ray strategy {cfg.strategy!r}: choose depth, random, dilation or patch")
         parts.append(cast_rays(batch, b, chosen))
     return _concatenated(parts)
 
@@ -78,7 +83,8 @@ def rays_per_sample(batch: Batch, cfg: RayChoice) -> int:
     _, N, _, H, W = batch.images.shape
     if N and cfg.strategy == "dilation":
         return N * -(-H // cfg.dilation) * -(-W // cfg.dilation)
-    return (N or len(CAMERAS)) * cfg.per_view  # without images, the LiDAR casts as many rays as six cameras
+    per_view = cfg.per_view // cfg.patch**2 * cfg.patch**2 if N and cfg.strategy == "patch" else cfg.per_view
+    return (N or len(CAMERAS)) * per_view  # without images, the LiDAR casts as many rays as six cameras
 
 
 def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence[torch.Generator]) -> Rays:
@@ -232,6 +238,21 @@ def _draw(candidates, rank, count, generator):
     cyclic = torch.arange(count, device=rank.device) % available.clamp(min=1)  # [N, count]
     index = index.gather(1, cyclic)[..., None].expand(-1, -1, 3)
     return candidates.gather(1, index).where(available[..., None] > 0, 0.0)
+
+
+def _patches(image_sizes, cfg, generator):
+    """[N, K * patch^2, 2] u, v of the centers of the pixels of K random patches in each of N views."""
+    P, device = cfg.patch, image_sizes.device
+    edge = (P - 1) * cfg.patch_step + 1  # pixels
+    shape = len(image_sizes), cfg.per_view // P**2, 2
+    height, width = image_sizes[:, None].unbind(-1)  # [N, 1]
+    top = (cfg.sky * height.double()).long().minimum(height - edge)
+    room = torch.stack([width - edge, height - edge - top], dim=-1) + 1  # [N, 1, 2] places of a patch along u and v
+    corner = (torch.rand(shape, generator=generator, device=device) * room).long().minimum(room - 1)  # [N, K, 2]
+    corner[..., 1] += top
+    offset = torch.arange(P * P, device=device)
+    offset = cfg.patch_step * torch.stack([offset % P, offset // P], dim=-1)  # [P^2, 2]
+    return (corner[:, :, None] + offset + 0.5).flatten(1, 2)
 
 
 def _at_most(chosen, count, generator):

@@ -34,6 +34,7 @@ from unipad.kernels.ray_sample import clip_rays
 from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
 from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_values
 from unipad.model.field import Field
+from unipad.model.photometric import Sources, photometric_error
 from unipad.model.rays import Rays
 from unipad.model.samplers import SAMPLERS
 
@@ -143,7 +144,7 @@ class Renderer(nn.Module):
             points_sdf, points_of_volume = self._at_points(volume, points)
         return Rendered(rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume)
 
-    def loss(self, rendered: Rendered, rays: Rays) -> dict[str, Tensor]:
+    def loss(self, rendered: Rendered, rays: Rays, sources: Sources | None = None) -> dict[str, Tensor]:
         """The weighted terms whose weight in the config is above 0: name -> scalar.
 
         Each is a mean over what it applies to in a batch sample, then over batch samples (0 for one without any):
@@ -153,6 +154,7 @@ class Renderer(nn.Module):
             sdf         |start + sdf - d*| over samples within the truncation of d*
             eikonal     (|gradient| - 1)^2 over all samples
             points      |sdf| over the points given to `forward`
+            photometric `photometric_error` over the rays that it counts; needs `sources`
         Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none.
         """
         cfg = self.cfg
@@ -167,6 +169,10 @@ class Renderer(nn.Module):
         def around():  # [R, S]
             return ~before() & (starts <= target + truncation)
 
+        def photometric():
+            error, counted = photometric_error(rendered.depth, rendered.hit, rays, sources)
+            return _mean(error[:, None], hit_rays, counted[:, None])
+
         terms = {
             "rgb": lambda: _mean((rendered.rgb - rays.rgb).abs(), hit_rays),
             "depth": lambda: _mean((rendered.depth[:, None] * self.scale - target).abs(), target_rays),
@@ -174,9 +180,11 @@ class Renderer(nn.Module):
             "sdf": lambda: _mean((starts + sdf - target).abs(), target_rays, around()),
             "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), hit_rays),
             "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_volume),
+            "photometric": photometric,
         }
         weights = {name: getattr(cfg, f"{name}_weight") for name in terms}
         assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
+        assert cfg.photometric_weight == 0 or sources is not None, "the loss `photometric` needs sources"
         with torch.autocast(sdf.device.type, enabled=False):
             return {name: weights[name] * term() for name, term in terms.items() if weights[name] > 0}
 

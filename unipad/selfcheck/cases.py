@@ -46,6 +46,7 @@ from unipad.kernels.sdf_pack import pack, pack_ref
 from unipad.kernels.sdf_render import sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
+from unipad.kernels.warp import warp, warp_ref
 from unipad.runtime import has_bf16
 from unipad.selfcheck.check import Case, default_device
 from unipad.selfcheck.lidar_cases import sparse_cases, voxel_cases
@@ -129,6 +130,35 @@ def _view_cases(size, recipe):
     yield from _each("bf16", "lift, bit-equal", size, lift, lift_ref, lifted, wrt, strict=True)
     yield from _each("fp32 fp16 bf16", "voxel_pool", size, voxel_pool, voxel_pool_ref, pooled, wrt)
     yield from _each("bf16", "voxel_pool, bit-equal", size, voxel_pool, voxel_pool_ref, pooled, wrt, strict=True)
+
+    def warped(device, dtype):
+        """Rays from a camera into two other places of the rig, with clearance from lines through pixel centers, where
+        gradients jump; ramps of one gray level per pixel, since fp32 positions are off by up to 1e-3 pixels."""
+        R, H, W = (3072, 900, 1600) if recipe else (33, 90, 160)
+        rig = _rig(W / 1600, device).repeat(1, 2, 1, 1)  # [1, 12, 4, 4]
+        # the sources' cameras are 0.6 m before and behind the keyframe's
+        rig[..., 3] += rig[..., 1] * torch.tensor([0.6, -0.6], device=device).repeat_interleave(6)[:, None]
+        origins = 0.1 * torch.randn(
+            2 * R, 3, device=device
+        )  # candidates, of which the first R with clearance are taken
+        directions = F.normalize(torch.randn(2 * R, 3, device=device) * torch.tensor([1, 1, 0.1], device=device))
+        depth = 3 + 40 * torch.rand(2 * R, device=device)
+        ends = F.pad(origins + depth[:, None] * directions, (0, 1), value=1.0).double()
+        u, v, d, _ = torch.einsum("mij,rj->rmi", rig[0].double(), ends).unbind(-1)
+        x, y = u / d - 0.5, v / d - 0.5
+        near = ((x - x.round()).abs() < 20 * CLEARANCE) | ((y - y.round()).abs() < 20 * CLEARANCE)
+        clear = (~near | (d < 0)).all(dim=1).nonzero()[:R, 0]
+        assert len(clear) == R, "too few rays have clearance"
+        place = torch.arange(H, device=device)[:, None, None] + torch.arange(W, device=device)[:, None]
+        ramps = ((place + 13 * torch.arange(12 * 3, device=device).view(12, 1, 1, 3)) % 510 - 255).abs()
+        return dict(
+            depth=depth[clear],
+            rays=(origins[clear], directions[clear], torch.zeros(R, device=device, dtype=torch.int32)),
+            images=ramps.to(torch.uint8)[None], projections=rig,
+            sizes=torch.tensor([H, W], device=device).expand(1, 12, 2).contiguous(),
+        )  # fmt: skip
+
+    yield from _each("fp32", "warp", size, warp, warp_ref, warped, ("depth",), slack=1e-3)
 
 
 # Boxes

@@ -260,6 +260,7 @@ def make_batch(recipe, scene=0, cameras=6):
     views = cameras * data.camera_sweeps if data.cameras else 0
     points = [25_000 * data.sweeps + 137 * b + 23 * scene for b in range(B)]
     boxes = [30 + 3 * b + scene for b in range(B)]
+    parts = B, cameras, H // 16, W // 16  # of images, that have features
 
     def on_gpu(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, device=CUDA)
@@ -277,6 +278,8 @@ def make_batch(recipe, scene=0, cameras=6):
         point_labels=on_gpu(sum(points), dtype=torch.uint8),
         tokens=("",) * B,
         frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
+        features=on_gpu(*parts, data.feature_channels, dtype=torch.float16) if data.features else None,
+        feature_sizes=on_gpu(B, cameras, 2, dtype=torch.int64) if data.features else None,
     )
 
 

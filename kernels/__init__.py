@@ -20,6 +20,7 @@
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
     composite.py    front-to-back compositing of samples along rays
+    ray_features.py features of a volume along rays, summed with the weights of the samples
     depth_range.py  rendered depths clamped to the range of the samples in their volume
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward

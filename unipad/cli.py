@@ -27,7 +27,7 @@ A = TypeVar("A")
 # class and an IoU.
 # Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
-MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms"}
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "feature_channels"}
 SIGNED = {"low", "high", "center_low", "center_high", "variance"}  # floats that may be negative; all others may not
 UP_TO_1 = {  # floats from 0 to 1
     "flip_x",
@@ -151,6 +151,13 @@ def check_recipe(recipe: Recipe):
         raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
         raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe does not have; leave it out.")
+    render = getattr(recipe, "render", None)
+    if (render is not None and render.features_weight > 0) != (recipe.data.features is not None):
+        raise UserError("--data.features FOLDER and --render.features-weight need each other: give both or none.")
+    if recipe.data.features is not None and not recipe.data.cameras:
+        raise UserError(
+            "--data.features needs rays through the cameras' pixels: --data.no-cameras does not work with it."
+        )
 
 
 def _leaves(value):

@@ -19,6 +19,7 @@ from unipad.data.transforms import augment_sample, photometric_distortion
 from unipad.errors import UserError
 
 DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
+FIRST = 8  # frames of which one must be readable, to know the number of feature channels
 
 
 class DataError(UserError):
@@ -54,6 +55,8 @@ class Sample:
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each camera frame relative to the keyframe, which is first, with 0; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
+    features:     for each image of the keyframe, [h, w, F] float16 or float32 features of h x w equal parts of it, for
+                  the loss `features`; 0 in all channels means none. None unless `Data.features` names their folder.
     """
 
     images: list[np.ndarray]
@@ -66,6 +69,7 @@ class Sample:
     token: str
     frame_lags: np.ndarray | None = None
     cameras: tuple[str, ...] = ()
+    features: list[np.ndarray] | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -185,14 +189,15 @@ class DrivingDataset(torch.utils.data.Dataset):
         """The training set, with the recipe's augmentation, and the validation set; both as `recipe.data` says.
 
         If no loss of the recipe reads pixels, the training set is `without_pixels`; the pictures of a validation show
-        images, so its set has them.
+        images, so its set has them. `data.feature_channels` of both is the number found, where the recipe's is 0.
 
         Raises `DataError` where a camera encoder has no images, and what the constructor and `train_val_splits` raise.
         """
         train, val = cls.train_val_splits(root, version)
         settings = {"label_fraction": label_fraction, "augment": recipe.augment}
         train_set = cls(root, version, train, recipe.data, point_range=point_range, **settings)
-        val_set = cls(root, version, val, recipe.data, point_range=point_range)
+        train_set.data = train_set.data_with_feature_channels()
+        val_set = cls(root, version, val, train_set.data, point_range=point_range)
         if recipe.camera is not None and not cls.has_images(root, version, train):
             raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
         return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
@@ -223,6 +228,25 @@ class DrivingDataset(torch.utils.data.Dataset):
         dataset = copy.copy(self)
         dataset.pixels = False
         return dataset
+
+    def data_with_feature_channels(self) -> Data:
+        """`self.data`, with the number of channels of the first features that can be read. Raises `DataError` for
+        features that cannot be read, or that `load` does not read."""
+        if self.data.features is None:
+            return self.data
+        first_bad = None
+        for frame in self.frames[:FIRST]:
+            try:
+                features = self.load(frame).features
+            except BadFrame as bad:
+                first_bad = first_bad or bad
+                continue
+            if features is None:
+                raise DataError(
+                    f"{type(self).__name__} reads no features: fill in Sample.features, or do without them."
+                )
+            return replace(self.data, feature_channels=features[0].shape[2])
+        raise DataError(f"{first_bad}.")
 
     def with_objects(self, objects) -> "DrivingDataset":
         """This dataset with a `cutpaste.Objects` from which `read` pastes objects into samples."""
@@ -290,6 +314,7 @@ def collate(samples: list[Sample]) -> Batch:
     def concatenate(name):
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
 
+    features, feature_sizes = _collated_features(samples)
     labeled = all(s.point_labels is not None for s in samples)
     return Batch(
         images=torch.from_numpy(images).permute(0, 1, 4, 2, 3),
@@ -305,7 +330,22 @@ def collate(samples: list[Sample]) -> Batch:
         tokens=tuple(s.token for s in samples),
         frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
         cameras=samples[0].cameras,
+        features=features,
+        feature_sizes=feature_sizes,
     )
+
+
+def _collated_features(samples):
+    """`Batch.features` and `Batch.feature_sizes`."""
+    if samples[0].features is None:
+        return None, None
+    maps = [feature for sample in samples for feature in sample.features]
+    sizes = torch.tensor([feature.shape[:2] for feature in maps])
+    dtype = np.result_type(*{feature.dtype for feature in maps})
+    features = np.zeros((len(maps), *sizes.amax(dim=0).tolist(), maps[0].shape[2]), dtype)
+    for feature, padded in zip(maps, features, strict=True):
+        padded[: feature.shape[0], : feature.shape[1]] = feature
+    return torch.from_numpy(features).unflatten(0, (len(samples), -1)), sizes.unflatten(0, (len(samples), -1))
 
 
 def _crop_points(sample, low, high):

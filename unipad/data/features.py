@@ -7,14 +7,19 @@ patches of a vision transformer; its name does not matter in an .npz. All files 
 script that writes them.
 """
 
-from collections.abc import Callable
+import os
 from pathlib import Path
 
 import numpy as np
 
 from unipad.data.dataset import BadFrame
 
-ENDINGS = (".npy", ".npz")
+
+def feature_files(image: str) -> tuple[str, str]:
+    """The two names that the file of an image's features may have, below their folder; image: its path below the
+    dataset's root."""
+    stem, _ = os.path.splitext(image)
+    return f"{stem}.npy", f"{stem}.npz"
 
 
 def read_features(folder: Path, image: str, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -26,10 +31,10 @@ def read_features(folder: Path, image: str, size: tuple[int, int], channels: int
 
     Raises `BadFrame` for a file that is missing, damaged, of another shape or type, or has values that are not finite.
     """
-    stem = _stem(image)
-    path = next((path for end in ENDINGS if (path := folder / f"{stem}{end}").is_file()), None)
+    paths = [folder / file for file in feature_files(image)]
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise BadFrame(folder / f"{stem}.npy", "is missing")
+        raise BadFrame(paths[0], "is missing")
     arrays = _arrays(path)
     if len(arrays) != 1:
         raise BadFrame(path, f"has {len(arrays)} arrays ({', '.join(arrays)}): keep only that of the features")
@@ -50,21 +55,6 @@ def read_features(folder: Path, image: str, size: tuple[int, int], channels: int
     if not np.isfinite(features).all():
         raise BadFrame(path, "has values that are not finite: write it again, without NaN")
     return np.ascontiguousarray(features)
-
-
-def without_features(folder: Path, images: np.ndarray, exist: Callable[[Path, np.ndarray], np.ndarray]) -> list[str]:
-    """Those of `images` (paths below the dataset's root, bytes) that have no file in `folder`, without their endings.
-
-    exist: (folder, paths below it in bytes) -> whether each exists.
-    """
-    stems = [_stem(image.decode()) for image in images]
-    found = [exist(folder, np.array([f"{stem}{end}".encode() for stem in stems])) for end in ENDINGS]
-    return [stem for stem, *is_there in zip(stems, *found, strict=True) if not any(is_there)]
-
-
-def _stem(image):
-    """The path of an image without its ending."""
-    return str(Path(image).with_suffix(""))
 
 
 def _covers(shape, size):

@@ -27,7 +27,7 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
-from unipad.data.features import read_features, without_features
+from unipad.data.features import feature_files, read_features
 from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
@@ -153,13 +153,14 @@ class NuScenesDataset(DrivingDataset):
         """Raises `DataError` unless the images of all `frames` have features."""
         if self.data.features is None:
             return
-        folder, images = self.root / self.data.features, self.index.image_files[self.frames].ravel()
-        missing = without_features(folder, images, on_disk)
+        folder, images = self.root / self.data.features, self.index.image_files[self.frames].ravel().tolist()
+        files = np.array([[name.encode() for name in feature_files(image.decode())] for image in images])
+        missing = files[~on_disk(folder, files).any(axis=1), 0]
         if len(missing):
             raise DataError(
-                f"{folder} has no features of {len(missing)} of {len(images)} images, such as {missing[0]}.npy; write "
-                "them as docs/data.md says, or name another folder with --data.features (below the dataset's folder, "
-                "unless it is absolute)."
+                f"{folder} has no features of {len(missing)} of {len(images)} images, such as {missing[0].decode()}; "
+                "write them as docs/data.md says, or name another folder with --data.features: below the dataset's "
+                "folder, or absolute."
             )
 
     def _views(self, frame):

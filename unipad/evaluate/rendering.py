@@ -59,19 +59,16 @@ def evaluate_rendering(
     squared_color, pixels, distance, known, abs_rel, squared_depth, close, ray_count = all_reduce_sum(sums).tolist()
     if not ray_count:
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")
-    psnr = {"psnr": -10 * torch.tensor(squared_color / pixels).log10().item()} if pixels else {}
-    features = {}
+    metrics = {}
+    if pixels:
+        metrics["psnr"] = -10 * torch.tensor(squared_color / pixels).log10().item()
     if known:
-        features = {f"features_{kind}": 1 - distance / known if kind == "cosine" else distance / known}
-    return (
-        psnr
-        | features
-        | {
-            "depth_abs_rel": abs_rel / ray_count,
-            "depth_rmse": (squared_depth / ray_count) ** 0.5,
-            "depth_delta1": close / ray_count,
-        }
-    )
+        metrics[f"features_{kind}"] = 1 - distance / known if kind == "cosine" else distance / known
+    return metrics | {
+        "depth_abs_rel": abs_rel / ray_count,
+        "depth_rmse": (squared_depth / ray_count) ** 0.5,
+        "depth_delta1": close / ray_count,
+    }
 
 
 def depth_sums(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,9 @@ unisurf, other fields, fp64 and CPUs run op by op.
 
 Features of any number of channels are rendered as `features = head(sum_s w_s f_s)`, with the C channels f_s of the
 volume at sample s and one linear layer, the head. Being linear, it gives what heads of all samples would give, plus its
-bias for what a ray lets through: the features of the background, such as the sky, are the bias. Others decode before
-they sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample, RenderOcc (arXiv 2309.09502) to class scores in
-every voxel; neither has a background.
+bias for what a ray lets through: the bias is the features of the background, such as the sky. Others decode before they
+sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample, RenderOcc (arXiv 2309.09502), without a background, to
+class scores in every voxel.
 
 A sample lies at the start of its interval. Rays, points, rendered depths and the settings `near` and `truncation` are
 in meters; all other lengths are scaled meters, meters * grid.scale.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from tests.test_data_docs import TEXT
 from tests.test_rays import make_batch, seeded_generators
 from unipad.config import Augment, Data
@@ -19,6 +20,7 @@ from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import class_features
 from unipad.data.transforms import augment_sample
+from unipad.errors import UserError
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import choose_rays, features_at, lidar_rays, project_points
@@ -249,6 +251,24 @@ def test_a_step_and_the_metric_of_held_out_frames(modality, kind, city):
     assert metric() == pytest.approx(expected.item(), abs=0.05)
     net.renderer.feature_head.bias.data.neg_()
     assert metric() != pytest.approx(expected.item(), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--render.features-weight", "0"], "need each other"),
+        (["--data.features", "None"], "need each other"),
+        (["--data.no-cameras"], "rays through the cameras' pixels"),
+        (["--render.features-loss", "l2"], None),
+    ],
+)
+def test_settings_that_cannot_be_combined(flags, message):
+    with pytest.raises(UserError if message else SystemExit, match=message):
+        train.parse(["--modality", "lidar", "--preset", "features-tiny", *flags])
+    if flags[0] == "--data.no-cameras":  # also where the dataset has no images
+        recipe = PRETRAIN["lidar"]["features-tiny"]
+        with pytest.raises(UserError, match="see no pixel: .* --render.features-weight 0"):
+            train.with_ray_origins(recipe, has_images=False, print0=print)
 
 
 def test_models_without_the_loss_have_no_head():

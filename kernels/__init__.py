@@ -25,7 +25,7 @@
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel
-    sdf_gather.py   ... its samples in the volume, inside a kernel
+    sdf_gather.py   ... its samples in the volume, inside a kernel; those of `ray_features` too
     sdf_weights.py  ... its MLPs' weights as operands of matrix products
     sdf_pack.py     ... the MLPs' parameters as the kernels read them
     sdf_reference.py ... its MLPs in the reference

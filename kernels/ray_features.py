@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
-from unipad.kernels.trilinear import axis_corner, corners
+from unipad.kernels.sdf_gather import cell_around, corner_ptr, load_corner, load_ray, sample_at, weight
+from unipad.kernels.trilinear import corners
 
 
 def ray_features(
@@ -45,6 +46,7 @@ def ray_features(
     fits = volume.dim() == 5 and origins.shape == directions.shape == (R, 3) and volume_idx.shape == (R,)
     assert fits and edges.shape == (R, S + 1), f"volume, rays, edges and weights of {shapes} do not match"
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
+    assert volume.shape[:4].numel() < 2**31, f"too many voxels: {tuple(volume.shape)}"  # their number is an int32
     sizes = [tuple(t.shape) for t in cells]
     assert sizes == [(3,), (3,)], f"cells_per_unit and cell_offset are [3] each, not {sizes}"
     types = {t.dtype for t in (volume, origins, directions, edges, weights, *cells)}
@@ -107,89 +109,72 @@ TILE, BLOCK_S = 1024, 32  # samples x channels per program, 8 per thread; sample
 
 
 def _sizes(volume, weights):
-    """The size arguments of both kernels."""
-    _, Z, Y, X, C = volume.shape
-    block_c = triton.next_power_of_2(C)
-    block_s = max(1, min(BLOCK_S, TILE // block_c))
-    return dict(S=weights.shape[1], Z=Z, Y=Y, X=X, C=C, BLOCK_C=block_c, BLOCK_S=block_s)
+    """The size arguments of both kernels; those of the volume are constants, as for `sdf_render`."""
+    _, Z, Y, X, CHANNELS = volume.shape
+    C = triton.next_power_of_2(CHANNELS)
+    block_s = max(1, min(BLOCK_S, TILE // C))
+    return dict(S=weights.shape[1], Z=Z, Y=Y, X=X, CHANNELS=CHANNELS, C=C, BLOCK_S=block_s)
 
 
 @jit
 def _ray_features_fwd_kernel(
-    volume_ptr,  # [B, Z, Y, X, C]
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, edges_ptr,  # [R, 3] x 2, [R], [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    weights_ptr, out_ptr,  # [R, S], [R, C]
-    S, Z, Y, X, C,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    weights_ptr, out_ptr,  # [R, S], [R, CHANNELS]
+    S,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK_C)[None, :]
-    acc = tl.zeros((BLOCK_S, BLOCK_C), out_ptr.dtype.element_ty)
-    first_z = tl.load(volume_idx_ptr + r).to(tl.int64) * Z
+    ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
+    acc = tl.zeros((BLOCK_S, C), out_ptr.dtype.element_ty)
     for begin in range(0, S, BLOCK_S):
         s = begin + tl.arange(0, BLOCK_S)
         ok = s < S
-        start = tl.load(edges_ptr + r * (S + 1) + s, mask=ok, other=0.0)
-        weight = tl.load(weights_ptr + r * S + s, mask=ok, other=0.0)
-        px, py, pz = _grid_coords(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start)
-        for k in tl.static_range(8):
-            row, row_ok, share = _corner(px, py, pz, first_z, Z, Y, X, k)
-            feature_ok = (row_ok & ok)[:, None] & (c < C)
-            feature = tl.load(volume_ptr + row[:, None] * C + c, mask=feature_ok, other=0.0)
-            acc += (weight * share)[:, None] * feature
-    c = tl.arange(0, BLOCK_C)
-    tl.store(out_ptr + r * C + c, tl.sum(acc, axis=0), mask=c < C)
+        n = r * S + s
+        start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+        sample_weight = tl.load(weights_ptr + n, mask=ok, other=0.0)
+        _, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
+        cell = cell_around(coords, volume_idx, Z, Y, X)
+        for z in range(2):  # not unrolled: all corners at once would need many registers
+            for k in tl.static_range(4):
+                voxel = load_corner(volume_ptr, cell, z, k, Z, Y, X, CHANNELS, C)
+                acc += (sample_weight * weight(cell, z, k))[:, None] * voxel
+    c = tl.arange(0, C)
+    tl.store(out_ptr + r * CHANNELS + c, tl.sum(acc, axis=0), mask=c < CHANNELS)
 
 
 @jit
 def _ray_features_bwd_kernel(
-    volume_ptr,  # [B, Z, Y, X, C]
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, edges_ptr,  # [R, 3] x 2, [R], [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    weights_ptr, d_out_ptr,  # [R, S], [R, C]
-    d_volume_ptr, d_weights_ptr,  # [B, Z, Y, X, C] zeros, [R, S]
-    S, Z, Y, X, C,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    weights_ptr, d_out_ptr,  # [R, S], [R, CHANNELS]
+    d_volume_ptr, d_weights_ptr,  # [B, Z, Y, X, CHANNELS] zeros, [R, S]
+    S,
+    Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
+    ray = load_ray(origins_ptr, directions_ptr, volume_idx_ptr, r)
     s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = tl.arange(0, BLOCK_C)[None, :]
     ok = s < S
-    first_z = tl.load(volume_idx_ptr + r).to(tl.int64) * Z
-    start = tl.load(edges_ptr + r * (S + 1) + s, mask=ok, other=0.0)
-    weight = tl.load(weights_ptr + r * S + s, mask=ok, other=0.0)
-    px, py, pz = _grid_coords(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start)
-    d_out = tl.load(d_out_ptr + r * C + c, mask=c < C, other=0.0)  # [1, BLOCK_C]
-    d_weight = tl.zeros((BLOCK_S,), weight.dtype)
-    for k in range(8):  # not unrolled: several corners at once would need many registers
-        row, row_ok, share = _corner(px, py, pz, first_z, Z, Y, X, k)
-        feature_ok = (row_ok & ok)[:, None] & (c < C)
-        feature = tl.load(volume_ptr + row[:, None] * C + c, mask=feature_ok, other=0.0)
-        d_weight += share * tl.sum(feature * d_out, axis=1)
-        factor = weight * share
-        # samples of weight 0 add nothing: of NeuS, all where the distance grows along the ray
-        adds = feature_ok & (factor != 0)[:, None]
-        tl.atomic_add(d_volume_ptr + row[:, None] * C + c, factor[:, None] * d_out, mask=adds, sem="relaxed")
-    tl.store(d_weights_ptr + r * S + s, d_weight, mask=ok)
-
-
-@triton.jit
-def _grid_coords(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start):
-    """Grid coordinates x, y, z, [BLOCK_S] each, of the samples at `start` on ray r."""
-    x = tl.load(origins_ptr + 3 * r) + tl.load(directions_ptr + 3 * r) * start
-    y = tl.load(origins_ptr + 3 * r + 1) + tl.load(directions_ptr + 3 * r + 1) * start
-    z = tl.load(origins_ptr + 3 * r + 2) + tl.load(directions_ptr + 3 * r + 2) * start
-    px = x * tl.load(cells_per_unit_ptr) + tl.load(cell_offset_ptr)
-    py = y * tl.load(cells_per_unit_ptr + 1) + tl.load(cell_offset_ptr + 1)
-    pz = z * tl.load(cells_per_unit_ptr + 2) + tl.load(cell_offset_ptr + 2)
-    return px, py, pz
-
-
-@triton.jit
-def _corner(px, py, pz, first_z, Z, Y, X, k):
-    """Corner k of the samples' cells: its row among all voxels, whether it exists, its share, [BLOCK_S] each."""
-    z, z_ok, az, _ = axis_corner(pz, Z, k // 4)
-    y, y_ok, ay, _ = axis_corner(py, Y, k // 2 % 2)
-    x, x_ok, ax, _ = axis_corner(px, X, k % 2)
-    return ((first_z + z) * Y + y) * X + x, z_ok & y_ok & x_ok, az * ay * ax
+    n = r * S + s
+    start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+    sample_weight = tl.load(weights_ptr + n, mask=ok, other=0.0)
+    _, coords, volume_idx = sample_at(ray, start, cells_per_unit_ptr, cell_offset_ptr)
+    cell = cell_around(coords, volume_idx, Z, Y, X)
+    c = tl.arange(0, C)[None, :]
+    d_out = tl.load(d_out_ptr + r * CHANNELS + c, mask=c < CHANNELS, other=0.0)  # [1, C]
+    feature = tl.zeros((BLOCK_S, C), d_out.dtype)
+    for z in range(2):
+        for k in tl.static_range(4):
+            share = weight(cell, z, k)
+            feature += share[:, None] * load_corner(volume_ptr, cell, z, k, Z, Y, X, CHANNELS, C)
+            factor = sample_weight * share
+            # samples of weight 0 add nothing: of NeuS, all where the distance grows along the ray
+            adds = (factor != 0)[:, None]
+            if CHANNELS < C:
+                adds = adds & (c < CHANNELS)
+            d_ptr = corner_ptr(d_volume_ptr, cell, z, k, Z, Y, X, CHANNELS, C)
+            tl.atomic_add(d_ptr, factor[:, None] * d_out, mask=adds, sem="relaxed")
+    tl.store(d_weights_ptr + n, tl.sum(feature * d_out, axis=1), mask=ok)

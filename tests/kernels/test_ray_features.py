@@ -9,17 +9,17 @@ from unipad.kernels.trilinear import trilinear_ref
 
 LAUNCHES = [  # checked by tests/test_compiles.py
     Launch(
-        kernel, dict(BLOCK_C=c, BLOCK_S=min(BLOCK_S, TILE // c)), {}, divisible, ("fp32",),
+        kernel, dict(Z=5, Y=128, X=128, CHANNELS=channels, C=c, BLOCK_S=min(BLOCK_S, TILE // c)), {}, ("S",), ("fp32",),
         registers=registers, shared=shared, limits_on=("sm_80", "sm_90", "sm_120", "gfx942"),
     )
-    # the backward needs the most on sm_80, whose assembler unrolls its loop; on sm_90 it has 64, 40 and 56 registers
-    for kernel, c, divisible, registers, shared in [
-        ("_ray_features_fwd_kernel", 32, ("C", "S"), 96, 512),
-        ("_ray_features_fwd_kernel", 4, (), 56, 64),
-        ("_ray_features_fwd_kernel", 256, ("C",), 96, 4096),
-        ("_ray_features_bwd_kernel", 32, ("C", "S"), 168, 128),
-        ("_ray_features_bwd_kernel", 4, (), 40, 128),
-        ("_ray_features_bwd_kernel", 256, ("C",), 128, 4096),
+    # the backward needs the most registers on sm_80, whose assembler unrolls its loop; 88 on sm_90
+    for kernel, channels, c, registers, shared in [
+        ("_ray_features_fwd_kernel", 32, 32, 64, 512),
+        ("_ray_features_fwd_kernel", 3, 4, 40, 64),
+        ("_ray_features_fwd_kernel", 256, 256, 64, 4096),
+        ("_ray_features_bwd_kernel", 32, 32, 168, 128),
+        ("_ray_features_bwd_kernel", 3, 4, 40, 128),
+        ("_ray_features_bwd_kernel", 256, 256, 128, 4096),
     ]
 ]  # fmt: skip
 

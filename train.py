@@ -215,6 +215,7 @@ def open_datasets(args, world):
             split, _ = dataset.train_val_splits(root, version)
             recipe = with_ray_origins(recipe, dataset.has_images(root, version, split), world.print0)
         train_set, val_set = dataset.train_and_val(root, version, recipe, args.label_fraction, point_range)
+        recipe = replace(recipe, data=train_set.data)  # with the number of feature channels
     return replace(args, data_root=root.resolve(), version=version, recipe=recipe), train_set, val_set
 
 
@@ -225,8 +226,8 @@ def with_ray_origins(recipe, has_images, print0):
     """
     if recipe.data.cameras and has_images:
         return recipe
-    if recipe.render.rgb_weight:
-        raise UserError("rays from the LiDAR have no color: they need --render.rgb-weight 0.")
+    if recipe.render.rgb_weight or recipe.render.features_weight:
+        raise UserError("rays from the LiDAR see no pixel: they need --render.rgb-weight 0 --render.features-weight 0.")
     if recipe.data.cameras:
         print0("no training frame has all its images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))

@@ -261,6 +261,7 @@ def make_batch(recipe, scene=0, cameras=6):
     points = [(25_000 * data.sweeps + 137 * b + 23 * scene) * (data.sweeps > 0) for b in range(B)]
     sources = cameras * len(data.sources)
     boxes = [30 + 3 * b + scene for b in range(B)]
+    parts = B, cameras, H // 16, W // 16  # of images, that have features
 
     def on_gpu(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, device=CUDA)
@@ -281,6 +282,8 @@ def make_batch(recipe, scene=0, cameras=6):
         source_images=on_gpu(B, sources, H, W, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) if sources else None,
         source_sizes=on_gpu(B, sources, 2, dtype=torch.int64) if sources else None,
         lidar2source=on_gpu(B, sources, 4, 4) if sources else None,
+        features=on_gpu(*parts, data.feature_channels, dtype=torch.float16) if data.features else None,
+        feature_sizes=on_gpu(B, cameras, 2, dtype=torch.int64) if data.features else None,
     )
 
 

@@ -21,12 +21,13 @@
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
     composite.py    front-to-back compositing of samples along rays
+    ray_features.py features of a volume along rays, summed with the weights of the samples
     depth_range.py  rendered depths clamped to the range of the samples in their volume
     warp.py         the ends of rays carried into source images, and their colors there
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel
-    sdf_gather.py   ... its samples in the volume, inside a kernel
+    sdf_gather.py   ... its samples in the volume, inside a kernel; those of `ray_features` too
     sdf_weights.py  ... its MLPs' weights as operands of matrix products
     sdf_pack.py     ... the MLPs' parameters as the kernels read them
     sdf_reference.py ... its MLPs in the reference

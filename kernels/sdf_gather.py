@@ -1,4 +1,4 @@
-"""Samples of `sdf_render` on their rays and in the volume: device functions.
+"""Samples of `sdf_render` and `ray_features` on their rays and in the volume: device functions.
 
 A sample is interpolated between the 8 voxels around it, corners k = 0 to 7: bits 0, 1 and 2 of k are 1 at the upper
 end along x, y and z. Corner k's weight is the product of one share per axis, with u the grid coordinate:

@@ -74,7 +74,7 @@ def city(tmp_path_factory):
     from unipad.data.synthetic import generate
 
     root = tmp_path_factory.mktemp("data") / "city"
-    generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=2)
+    generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=2, features=16)
     return root
 
 

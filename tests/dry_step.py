@@ -55,7 +55,8 @@ def steps():
     for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
         for modality, named in presets.items():
             for name, recipe in named.items():
-                label = f"{modality}-{name}" if name == "tiny" else name  # other names belong to one modality
+                # other names belong to one modality
+                label = f"{modality}-{name}" if name in ("tiny", "features-tiny") else name
                 all_steps.append(Step(f"{task} {label}", recipe))
     named = {step.name: step for step in all_steps}
     camera, lidar = named["train camera-0.1"], named["train lidar-0.075"]

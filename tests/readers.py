@@ -106,6 +106,7 @@ def sample_faults(sample) -> list[str]:
         and (sample.point_labels <= len(LIDARSEG_CLASSES)).all(),
         "matrices are finite": np.isfinite(sample.lidar2image).all() and np.isfinite(sample.lidar2camera).all(),
         "images are RGB": all(i.dtype == np.uint8 and i.ndim == 3 and i.shape[2] == 3 for i in sample.images),
+        "features are finite": all(np.isfinite(features).all() for features in sample.features or ()),
     }
     if conditions["matrices are finite"] and len(sample.images):
         rotation = sample.lidar2camera[:, :3, :3].astype(float)
@@ -119,15 +120,15 @@ def sample_faults(sample) -> list[str]:
     return [f"violated: {condition}" for condition, holds in conditions.items() if not holds]
 
 
-def read_city(folder: Path, with_losses: bool = False) -> Readout:
+def read_city(folder: Path, with_losses: bool = False, data: Data | None = None) -> Readout:
     """All frames of both splits; with_losses: both `models` must have finite losses on them, too."""
-    root, readout, grid = folder / "city", Readout(), models()[0].recipe.grid
+    root, readout, grid, data = folder / "city", Readout(), models()[0].recipe.grid, data or Data(sweeps=3)
     readout.add(synthetic=is_synthetic(root))
     samples = []
     for split in ("mini_train", "mini_val"):
-        dataset = NuScenesDataset(root, VERSION, split, Data(sweeps=3))
+        dataset = NuScenesDataset(root, VERSION, split, data)
         # for the models: without points outside their grid
-        cropped = NuScenesDataset(root, VERSION, split, Data(sweeps=3), point_range=(grid.low, grid.high))
+        cropped = NuScenesDataset(root, VERSION, split, data, point_range=(grid.low, grid.high))
         readout.add(**{f"scenes of {split}": dataset.scenes()})
         for i in range(len(dataset)):
             name = f"frame {dataset.index.tokens[dataset.frames[i]].decode()}"
@@ -374,6 +375,7 @@ KINDS = {
     "LiDAR sweep": Kind("city/sweeps/LIDAR_TOP/*", read_city),
     "image": Kind("city/samples/CAM_FRONT*/*", read_city, weight=2),
     "PNG": Kind("city/samples/CAM_BACK/*", read_city, checked=True),  # a PNG has checksums
+    "features": Kind("city/features/samples/*/*", partial(read_city, data=Data(features=Path("features")))),
     "point labels": Kind("city/lidarseg/*/*.bin", read_city),
     "map": Kind("city/maps/*.png", read_city),
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
@@ -431,7 +433,8 @@ def make_files(folder: Path, city: Path | None):
     if city:
         shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index"))
     else:
-        generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=1, columns=90, sweeps=2, progress=False)
+        sizes = dict(image_size=(72, 128), columns=90, sweeps=2, features=4)
+        generate(root, scenes=2, keyframes=3, workers=1, progress=False, **sizes)
     (root / VERSION / "splits.json").write_text('{"dark": ["scene-0103"]}')
     for image in root.glob("samples/CAM_BACK/*.jpg"):  # one camera has PNG images
         cv2.imwrite(str(image.with_suffix(".png")), cv2.imread(str(image)))

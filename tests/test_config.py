@@ -39,7 +39,15 @@ def test_recipes_of_the_paper():
     assert lidar.grid.scale == 1 / 54  # meters to the renderer's unit: the range ends at 54 m
 
 
-@pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PRETRAIN["lidar"]["segment"],
+        PRETRAIN["lidar"]["tiny"],
+        PRETRAIN["lidar"]["features-tiny"],
+        SEGMENT["lidar"]["tiny"],
+    ],
+)
 def test_from_dict_chooses_the_dataclass_by_its_fields(recipe):
     """`AnyRecipe` and, inside recipes, `LidarConfig | UnetConfig` are unions, and the dict names no class."""
     assert from_dict(AnyRecipe, to_dict(recipe)) == recipe
@@ -109,5 +117,5 @@ def test_every_full_size_preset_is_on_the_recipes_page():
     tables |= {f"finetune.py --modality {modality}": presets for modality, presets in DETECT.items()}
     tables |= {"finetune.py --task segment": SEGMENT["lidar"]}
     for command, presets in tables.items():
-        for name in presets.keys() - {"tiny", "segment-tiny", "images-tiny"}:
+        for name in presets.keys() - {"tiny", "segment-tiny", "images-tiny", "features-tiny"}:
             assert re.search(rf"{command} --preset {re.escape(name)}[` ]", PAGE), (command, name)

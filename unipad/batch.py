@@ -81,6 +81,8 @@ class Batch:
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored, see `LIDARSEG_CLASSES`; None: no labels
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
+    features: Tensor | None = None  # [B, N / S, h, w, F] fp16 or fp32 of the keyframe's images, zero-padded; None: none
+    feature_sizes: Tensor | None = None  # [B, N / S, 2] int64 height, width before padding: they cover the whole image
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
     # M sources of the photometric loss; None: no sources. The frames of `Data.sources` in their order, each with the
     # keyframe's cameras. Never the encoder's input; the images stay uint8.

@@ -27,7 +27,7 @@ A = TypeVar("A")
 # class and an IoU.
 # Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
-MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "sweeps"}
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "sweeps", "feature_channels"}
 SIGNED = {"low", "high", "center_low", "center_high", "variance", "sources"}  # may be negative; all others may not
 UP_TO_1 = {  # floats from 0 to 1
     "flip_x",
@@ -155,8 +155,8 @@ def check_recipe(recipe: Recipe):
         raise UserError("--data.sweeps 0 does not work with a LiDAR encoder, which this recipe has; give at least 1.")
     if isinstance(recipe, PretrainRecipe):
         _check_supervision(recipe)
-    elif isinstance(recipe, FinetuneRecipe) and (recipe.data.sources or not recipe.data.sweeps):
-        raise UserError("--data.sources and --data.sweeps 0 are for pre-training from images; leave them out.")
+    elif isinstance(recipe, FinetuneRecipe) and (recipe.data.sources or not recipe.data.sweeps or recipe.data.features):
+        raise UserError("--data.sources, --data.features and --data.sweeps 0 are for pre-training; leave them out.")
 
 
 def _check_supervision(recipe):
@@ -175,6 +175,15 @@ def _check_supervision(recipe):
             )
     elif data.sources:
         raise UserError("--data.sources has no effect without --render.photometric-weight; leave it out.")
+    if (render.features_weight > 0) != (data.features is not None):
+        raise UserError(
+            "--data.features FOLDER and --render.features-weight need each other: give both, or to do without "
+            "--data.features None --render.features-weight 0."
+        )
+    if data.features is not None and not data.cameras:
+        raise UserError(
+            "--data.features needs rays through the cameras' pixels: --data.no-cameras does not work with it."
+        )
     lidar_losses = {name: getattr(render, f"{name}_weight") for name in ("depth", "free_space", "sdf", "points")}
     if not data.sweeps and (used := [name for name, weight in lidar_losses.items() if weight > 0]):
         flags = " ".join(f"--render.{name.replace('_', '-')}-weight 0" for name in used)

@@ -79,6 +79,8 @@ class Data:
     sweeps: int = 1  # LiDAR frames per sample: the keyframe and the sweeps before it; 0: no LiDAR file is read
     camera_sweeps: Literal[1, 2, 3, 4, 5, 6] = 1  # camera frames per sample: the keyframe and the sweeps before it
     camera_rate: float = 0.0  # Hz: camera sweep n counts as n / rate s old (original: 12 Hz); 0: use timestamps
+    features: Path | None = None  # folder of image features, below the dataset's, for the loss features; docs/data.md
+    feature_channels: int = 0  # channels of the features; 0: those that the first frame has
     # loss photometric: the frames of each camera that it looks into, counted from the keyframe (-1: the one before)
     sources: tuple[int, ...] = ()
 
@@ -252,6 +254,8 @@ class Render:
     eikonal_weight: float = 0.0  # weight of the eikonal loss
     points_weight: float = 0.0  # weight of |SDF| at the LiDAR points
     photometric_weight: float = 0.0  # weight of the loss of colors in other camera frames, at the rendered depth
+    features_weight: float = 0.0  # weight of the loss of image features, which --data.features names
+    features_loss: Literal["cosine", "l1"] = "cosine"  # features: 1 - cosine similarity, or L1 of every channel
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from unipad.config import (
     Augment,
@@ -84,6 +85,8 @@ TINY_UNET = UnetConfig(
 TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 of a view go through pixels of a grid
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr_factor=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
+# Of the city with features: see `synthetic.class_features`
+TINY_FEATURES = Data(image_size=(128, 224), features=Path("features"), feature_channels=16)
 
 CAMERA_075_PRETRAIN = PretrainRecipe(
     grid=GRID_075,
@@ -113,6 +116,14 @@ PRETRAIN = {
             render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=30.0),
             optim=replace(TINY_OPTIM, epochs=10),
         ),
+        "features-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=TINY_FEATURES,
+            camera=TINY_CAMERA,
+            rays=TINY_RAYS,
+            render=replace(TINY_RENDER, features_weight=1.0),
+            optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
         # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
         "camera-0.075": CAMERA_075_PRETRAIN,
         "camera-0.075-sweeps": replace(CAMERA_075_PRETRAIN, data=THREE_FRAMES),
@@ -139,6 +150,15 @@ PRETRAIN = {
             # The default variance, not TINY_RENDER's: with the depth loss alone, a sharp surface that has vanished has
             # no gradient, and half of the runs never recovered it.
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
+            optim=TINY_OPTIM,
+        ),
+        "features-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=TINY_FEATURES,
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+            lidar=TINY_LIDAR,
+            rays=replace(TINY_RAYS, lidar_per_view=64),
+            render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3, features_weight=1.0),
             optim=TINY_OPTIM,
         ),
         "segment-tiny": PretrainRecipe(

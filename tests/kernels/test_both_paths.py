@@ -44,6 +44,11 @@ REJECTED = [
         ([("merge", dict(new_edges=lambda t: t[:1]))], r"\(33, 10\) and \(1, 8\) do not match"),
         ([("trilinear", dict(points=lambda t: t[..., :2]))], "do not match"),
         ([("trilinear_value", dict(volume_idx=lambda t: t[:1]))], "do not match"),
+        ([("ray_features", dict(edges=lambda t: t[:, 1:]))], "do not match"),
+        ([("ray_features", dict(weights=lambda t: t[:1]))], "do not match"),
+        ([("ray_features", dict(volume=lambda t: t[:, :0]))], "has no voxels"),
+        ([("ray_features", dict(cells=lambda t: (t[0], t[1][:1])))], r"\[3\] each, not \[\(3,\), \(1,\)\]"),
+        ([("ray_features", dict(weights=lambda t: t.double()))], "all are fp32 or all are fp64"),
         ([("composite", dict(alpha=lambda t: t[:, :1]))], r"alpha \(33, 1\) does not match values \(33, 16, 4\)"),
         ([("composite", dict(values=lambda t: t[..., 0]))], "does not match"),
         ([("composite", dict(alpha=lambda t: t.double()))], "alpha is torch.float64"),
@@ -122,6 +127,7 @@ def test_autocast_does_not_change_a_reference(op):
         ("voxel_pool", ["lidar2image"]),
         ("sdf_render", ["rays", "edges", "cells"]),
         ("warp", ["rays", "projections"]),
+        ("ray_features", ["rays", "edges", "cells"]),
     ],
 )
 def test_geometry_has_no_gradient_on_either_path(op, names, path):

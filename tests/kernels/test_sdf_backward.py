@@ -91,14 +91,16 @@ def training_step(method):
     cfg = Render(
         method=method, channels=16, samples=6, importance=4, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, points_weight=1.0,
+        features_weight=1.0,
     )  # fmt: skip
     grid = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(4.0, 4.0, 2.0))
-    renderer = Renderer(cfg, grid).to(DEVICE)
+    renderer = Renderer(cfg, grid, feature_channels=5).to(DEVICE)
     volume = torch.randn(2, 16, 2, 4, 4, device=DEVICE).requires_grad_()
     directions = F.normalize(torch.randn(4, 3, device=DEVICE) * torch.tensor([1, 1, 0.2], device=DEVICE), dim=1)
     depth = torch.tensor([4.0, 5.0, -1.0, 6.0], device=DEVICE)  # -1: unknown
     volume_idx = torch.tensor([0, 1, 0, 1], device=DEVICE).int()
-    rays = Rays(torch.zeros_like(directions), directions, depth, torch.rand_like(directions), volume_idx)
+    targets = torch.rand(4, 3, device=DEVICE), volume_idx, torch.randn(4, 5, device=DEVICE)
+    rays = Rays(torch.zeros_like(directions), directions, depth, *targets)
     jitter = torch.rand(4, renderer.jitters, device=DEVICE)
     points = directions * 5, volume_idx
     wrt = [volume, *(p for p in renderer.parameters() if p.requires_grad)]

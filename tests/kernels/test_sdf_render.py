@@ -461,17 +461,18 @@ def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatc
     """Other fields run as separate ops; either way, losses and gradients equal those of these ops' references."""
     cfg = Render(
         method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
-        truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,
+        truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, features_weight=1.0,
     )  # fmt: skip
     grid = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
-    renderer = Renderer(cfg, grid)
+    renderer = Renderer(cfg, grid, feature_channels=5)
     renderer.exact = True
     volume = torch.randn(1, channels, 4, 8, 8).requires_grad_()
     directions = F.normalize(torch.randn(2, 3) * torch.tensor([1, 1, 0.2]), dim=1)
-    rays = Rays(torch.zeros(2, 3), directions, torch.tensor([4.0, 5.0]), torch.rand(2, 3), torch.zeros(2).int())
+    depth = torch.tensor([4.0, 5.0])
+    rays = Rays(torch.zeros(2, 3), directions, depth, torch.rand(2, 3), torch.zeros(2).int(), torch.randn(2, 5))
 
     def step(device):
-        net, on_device = renderer.to(device), Rays(*(value.to(device) for value in vars(rays).values()))
+        net, on_device = renderer.to(device), rays.each(lambda tensor: tensor.to(device))
         losses = net.loss(net(volume.to(device), on_device), on_device)
         parameters = [p for p in net.parameters() if p.requires_grad]
         return [*losses.values(), *torch.autograd.grad(sum(losses.values()), [volume, *parameters])]
@@ -479,7 +480,7 @@ def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatc
     with launches() as launched:
         ours = step(DEVICE)
     assert ("_sdf_render_bwd_sdf_kernel" in launched) == ("_sdf_values_kernel" in launched) == fuses
-    assert ("_trilinear_bwd_kernel" in launched) == (not fuses)
+    assert ("_trilinear_bwd_kernel" in launched) == (not fuses) and "_ray_features_bwd_kernel" in launched
     monkeypatch.setattr(backend, "interpret", False)  # on a CPU, references run
     for value, expected in zip(ours, step("cpu"), strict=True):
         assert_close_to_max(value.cpu(), expected, 1e-3)

@@ -19,6 +19,7 @@ from unipad.data.transforms import augment_sample, photometric_distortion
 from unipad.errors import UserError
 
 DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
+FIRST = 8  # frames of which one must be readable, to know the number of feature channels
 
 
 class DataError(UserError):
@@ -60,6 +61,8 @@ class Sample:
 
     source_images: M times [h, w, 3] uint8 RGB; [0, 0, 3] where the scene has no such frame. None: no sources.
     lidar2source:  [M, 4, 4] float32 LiDAR of the keyframe -> as `lidar2image`.
+    features:     for each image of the keyframe, [h, w, F] float16 or float32 features of h x w equal parts of it, for
+                  the loss `features`; 0 in all channels means none. None unless `Data.features` names their folder.
     """
 
     images: list[np.ndarray]
@@ -74,6 +77,7 @@ class Sample:
     cameras: tuple[str, ...] = ()
     source_images: list[np.ndarray] | None = None
     lidar2source: np.ndarray | None = None
+    features: list[np.ndarray] | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -198,16 +202,16 @@ class DrivingDataset(torch.utils.data.Dataset):
         """The training set, with the recipe's augmentation, and the validation set; both as `recipe.data` says.
 
         If no loss of the recipe reads pixels, the training set is `without_pixels`; the pictures of a validation show
-        images, so its set has them.
+        images, so its set has them. `data.feature_channels` of both is the number found, where the recipe's is 0.
 
         Raises `DataError` where a camera encoder has no images, and what the constructor and `train_val_splits` raise.
         """
         train, val = cls.train_val_splits(root, version)
         settings = {"label_fraction": label_fraction, "augment": recipe.augment}
         train_set = cls(root, version, train, recipe.data, point_range=point_range, **settings)
-        val_set = cls(
-            root, version, val, cls.data_to_evaluate(root, version, val, recipe.data), point_range=point_range
-        )
+        train_set.data = train_set.data_with_feature_channels()
+        val_data = cls.data_to_evaluate(root, version, val, train_set.data)
+        val_set = cls(root, version, val, val_data, point_range=point_range)
         if recipe.camera is not None and not cls.has_images(root, version, train):
             raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
         return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
@@ -245,6 +249,25 @@ class DrivingDataset(torch.utils.data.Dataset):
         dataset = copy.copy(self)
         dataset.pixels = False
         return dataset
+
+    def data_with_feature_channels(self) -> Data:
+        """`self.data`, with the number of channels of the first features that can be read. Raises `DataError` for
+        features that cannot be read, or that `load` does not read."""
+        if self.data.features is None:
+            return self.data
+        first_bad = None
+        for frame in self.frames[:FIRST]:
+            try:
+                features = self.load(frame).features
+            except BadFrame as bad:
+                first_bad = first_bad or bad
+                continue
+            if features is None:
+                raise DataError(
+                    f"{type(self).__name__} reads no features: fill in Sample.features, or do without them."
+                )
+            return replace(self.data, feature_channels=features[0].shape[2])
+        raise DataError(f"{first_bad}.")
 
     def with_objects(self, objects) -> "DrivingDataset":
         """This dataset with a `cutpaste.Objects` from which `read` pastes objects into samples."""
@@ -307,6 +330,7 @@ def collate(samples: list[Sample]) -> Batch:
     def concatenate(name):
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
 
+    features, feature_sizes = _collated_features(samples)
     labeled = all(s.point_labels is not None for s in samples)
     return Batch(
         images=images,
@@ -325,6 +349,8 @@ def collate(samples: list[Sample]) -> Batch:
         source_images=source_images,
         source_sizes=source_sizes,
         lidar2source=None if source_images is None else stack("lidar2source"),
+        features=features,
+        feature_sizes=feature_sizes,
     )
 
 
@@ -340,6 +366,19 @@ def _padded(images_of_samples):
         for image, view in zip(images, views_of_sample, strict=True):
             view[: image.shape[0], : image.shape[1]] = image
     return torch.from_numpy(padded).permute(0, 1, 4, 2, 3), sizes
+
+
+def _collated_features(samples):
+    """`Batch.features` and `Batch.feature_sizes`."""
+    if samples[0].features is None:
+        return None, None
+    maps = [feature for sample in samples for feature in sample.features]
+    sizes = torch.tensor([feature.shape[:2] for feature in maps])
+    dtype = np.result_type(*{feature.dtype for feature in maps})
+    features = np.zeros((len(maps), *sizes.amax(dim=0).tolist(), maps[0].shape[2]), dtype)
+    for feature, padded in zip(maps, features, strict=True):
+        padded[: feature.shape[0], : feature.shape[1]] = feature
+    return torch.from_numpy(features).unflatten(0, (len(samples), -1)), sizes.unflatten(0, (len(samples), -1))
 
 
 def _crop_points(sample, low, high):

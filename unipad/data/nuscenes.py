@@ -27,6 +27,7 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.features import feature_files, read_features
 from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
@@ -74,6 +75,7 @@ class NuScenesDataset(DrivingDataset):
         settings = (label_fraction, point_range, augment)
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
         self.frames = self._complete_frames()
+        self._check_features()
         if len(rows := self.index.left_out):
             named = "; ".join(row.decode() for row in rows[:MAX_LISTED]) + ("; ..." if len(rows) > MAX_LISTED else "")
             _report(f"{root / version} {split}: {len(rows)} boxes of sample_annotation.json are left out: {named}")
@@ -87,7 +89,8 @@ class NuScenesDataset(DrivingDataset):
     def default_root(cls, data):
         """A synthetic city, generated if it does not exist yet."""
         # `Data` counts the keyframe, the city does not; 5: all frames between keyframes, so that both sides have some
-        return ensure_city(5 if data.sources else data.camera_sweeps - 1)
+        sweeps = 5 if data.sources else data.camera_sweeps - 1
+        return ensure_city(sweeps, with_features=data.features is not None)
 
     @classmethod
     def has_images(cls, root, version, split):
@@ -152,7 +155,32 @@ class NuScenesDataset(DrivingDataset):
             cameras=tuple(name.decode() for name in index.cameras) if self.data.cameras else (),
             source_images=source_images,
             lidar2source=lidar2source,
+            features=self._read_features(frame),
         )
+
+    def _read_features(self, frame):
+        """`Sample.features`."""
+        if self.data.features is None:
+            return None
+        folder, channels, features = self.root / self.data.features, self.data.feature_channels, []
+        for file, size in zip(self.index.image_files[frame].tolist(), self.index.image_sizes[frame], strict=True):
+            features.append(read_features(folder, file.decode(), size.tolist(), channels))
+            channels = features[-1].shape[2]
+        return features
+
+    def _check_features(self):
+        """Raises `DataError` unless the images of all `frames` have features."""
+        if self.data.features is None:
+            return
+        folder, images = self.root / self.data.features, self.index.image_files[self.frames].ravel().tolist()
+        files = np.array([[name.encode() for name in feature_files(image.decode())] for image in images])
+        missing = files[~on_disk(folder, files).any(axis=1), 0]
+        if len(missing):
+            raise DataError(
+                f"{folder} has no features of {len(missing)} of {len(images)} images, such as {missing[0].decode()}; "
+                "write them as docs/data.md says, or name another folder with --data.features: below the dataset's "
+                "folder, or absolute."
+            )
 
     def _views(self, frame):
         """(files [N], sizes [N, 2], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, in

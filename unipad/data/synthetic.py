@@ -10,6 +10,7 @@ a README.txt in the root say that the data is synthetic. unipad/data/city/ compu
 """
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from unipad.data.city import rig
-from unipad.data.city.paint import Shadows, photograph
+from unipad.data.city.paint import Shadows, intensity, photograph
 from unipad.data.city.raycast import cast
 from unipad.data.city.records import (
     VERSIONS,
@@ -43,13 +44,15 @@ from unipad.data.city.records import (
     splits_of,
     version_of,
 )
-from unipad.data.city.solids import CATEGORY
+from unipad.data.city.solids import CATEGORIES, CATEGORY
 from unipad.data.city.streets import PITCH, STREETS, City
 from unipad.errors import UserError
 from unipad.exit import exit_on_user_error, has_ended
 
 MAP_CELL = 0.1  # meters per pixel of the map, as the devkit assumes
 MAP_SQUARE = 4  # pixels: side of the squares, each of one color, of which the map consists
+FEATURES = 16  # channels of the features of the default city with features
+FEATURE_SQUARE = 4  # pixels: side of the squares that features are of
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
@@ -84,6 +87,9 @@ class Args:
     """LiDAR sweeps before each keyframe but the first, at 20 Hz; 0 to 9."""
     camera_sweeps: int = 0
     """Frames of images before each keyframe but the first, at 12 Hz; 0 to 5."""
+    features: int = 0
+    """Channels of image features for the keyframes, in OUT/features, 0 to 1024: each class has a random vector, and a
+    square of 4 x 4 pixels the mean of its pixels' vectors."""
 
 
 class SettingError(UserError):
@@ -100,6 +106,7 @@ def generate(
     columns=360,
     sweeps=9,
     camera_sweeps=0,
+    features=0,
     progress=True,
 ):
     """Write a synthetic dataset and return its root.
@@ -119,6 +126,7 @@ def generate(
         columns,
         sweeps,
         camera_sweeps,
+        features,
     )
     _check(args)
     root = args.out.resolve()
@@ -150,12 +158,14 @@ def is_synthetic(root):
     return False
 
 
-def ensure_city(camera_sweeps=0):
-    """The root of the default dataset with that many `camera_sweeps`, which is generated if it does not exist yet."""
+def ensure_city(camera_sweeps=0, with_features=False):
+    """The root of the default dataset with that many `camera_sweeps`, and with `FEATURES` channels of features on
+    request, which is generated if it does not exist yet."""
     root = Path(f"data/synthetic-{camera_sweeps}-camera-sweeps" if camera_sweeps else "data/synthetic")
+    root = root.with_name(f"{root.name}-features") if with_features else root
     if not is_synthetic(root):
         print(f"no --data-root: generating a synthetic city in {root}, once", flush=True)
-        generate(root, camera_sweeps=camera_sweeps)
+        generate(root, camera_sweeps=camera_sweeps, features=FEATURES if with_features else 0)
     return root
 
 
@@ -166,6 +176,7 @@ def _check(args):
         "columns": (16, 4096),
         "sweeps": (0, 9),
         "camera_sweeps": (0, 5),
+        "features": (0, 1024),
         "seed": (0, 2**32 - 1),
     }
     for name, (low, high) in limits.items():
@@ -185,6 +196,7 @@ def _check(args):
 
 def _write(args, root, progress):
     folders = [f"{kind}/{channel}" for kind in ("samples", "sweeps") for channel in (*rig.CAMERAS, rig.LIDAR)]
+    folders += [f"features/samples/{channel}" for channel in rig.CAMERAS if args.features]
     version = version_of(args)
     for folder in (*folders, "maps", version, f"lidarseg/{version}"):
         (root / folder).mkdir(parents=True)
@@ -244,10 +256,16 @@ def _render(task):
     for channel in rig.CAMERAS:
         for stamp, is_key in frames_of(args, channel, k):  # stamp: microseconds since the start of the scene
             view, solids = rig.camera_view(scene, channel, args.image_size, stamp / 1e6), scene.solids(stamp / 1e6)
-            image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
-            path = root / data_file(name, channel, stamp, is_key)
+            surfaces = cast(view, solids)  # distance and hit of every pixel
+            image = photograph(scene, view, solids, *surfaces, _shadows(scene).at(solids))
+            file = data_file(name, channel, stamp, is_key)
             _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-            path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
+            # `write_bytes` raises an error if the disk is full; OpenCV's and NumPy's writers do not
+            (root / file).write_bytes(jpeg)
+            if args.features and is_key:
+                _, category = intensity(scene.city, view, solids, *surfaces)
+                np.save(npy := io.BytesIO(), class_features(category.reshape(view.shape), args.features))
+                (root / "features" / file).with_suffix(".npy").write_bytes(npy.getvalue())
     for stamp, is_key in frames_of(args, rig.LIDAR, k):
         # 5: number of the random stream; the streets and the traffic have 1 to 4
         rng = np.random.default_rng([args.seed, 5, scene_number(name), stamp])
@@ -256,6 +274,21 @@ def _render(task):
     # `stamp` and `scan` are now the keyframe's, which is the last frame of the loop
     (root / labels_file(args, name, stamp)).write_bytes(scan.category.tobytes())
     return rig.census(scene, stamp / 1e6, args.columns, scan)
+
+
+def class_features(category, channels):
+    """[h / 4, w / 4, channels] float16 features of an image whose pixels have `category` [h, w], 0 for the sky.
+
+    The vectors of the classes have length 1 and depend on nothing but `channels`. At the right and at the bottom,
+    squares may have fewer pixels.
+    """
+    vectors = np.random.default_rng(channels).standard_normal((len(CATEGORIES), channels))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pixels = vectors[category].astype(np.float32)
+    starts = [np.arange(0, size, FEATURE_SQUARE) for size in category.shape]
+    ones = np.ones((*category.shape, 1), np.float32)
+    sums, counts = (np.add.reduceat(np.add.reduceat(a, starts[0], axis=0), starts[1], axis=1) for a in (pixels, ones))
+    return (sums / counts).astype(np.float16)
 
 
 def _draw_map(args, root, district):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -43,7 +44,7 @@ def rendered_views(
     was_training = model.training
     model.eval()
     volume, masks = model.encode(batch, generators)
-    batch = batch.keyframe()
+    batch = replace(batch.keyframe(), features=None)  # not drawn: they would be read at every pixel
     has_images = batch.images.shape[1] > 0
     rendered = _rendered(model, volume, batch, stride) if has_images else _rendered_panorama(model, volume)
     rgb, depth, normal = rendered

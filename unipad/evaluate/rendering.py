@@ -1,4 +1,4 @@
-"""Quality of renderings: PSNR of colors, errors of depths."""
+"""Quality of renderings: PSNR of colors, errors of depths, distances of features."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,7 @@ from unipad.batch import Batch
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import lidar_rays, pixel_rays
+from unipad.model.render import feature_distance
 from unipad.runtime import all_reduce_sum, generators, meet
 
 RAYS_PER_VIEW = 256  # LiDAR rays per view that depth is measured on
@@ -25,36 +26,48 @@ def evaluate_rendering(
              choice of LiDAR rays, so that every evaluation of a run has the same ones.
     masked:  mask the encoder's input as in training.
 
-    Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned),
+    Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned), where features
+    are learned features_cosine (mean cosine similarity over the pixels that have features) or features_l1,
     depth_abs_rel, depth_rmse (meters), depth_delta1 (fraction of rays within a factor 1.25; all three are absent
     without LiDAR points, if the model was trained without). LiDAR depth is the truth;
     a ray that misses the volume counts as black at depth 0. Sums run over all processes.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=device)  # squared color error, pixels, the four `depth_sums`
+    kind = model.recipe.render.features_loss
+    # squared color error, pixels, distance of features, pixels with features, the four `depth_sums`
+    sums = torch.zeros(8, dtype=torch.float64, device=device)
     for position, batch in batches:
         batch = batch.to(device)
         rngs = generators(seed, step=0, positions=range(position, position + len(batch)), device=device)
         volume, _ = model.encode(batch, rngs if masked else None)
         batch = batch.keyframe()
-        for i in range(len(batch) if model.renders_color(batch) else 0):
+        for i in range(len(batch) if model.renders_color(batch) or model.renders_features(batch) else 0):
             rays = pixel_rays(batch, i, PIXEL_STRIDE)
-            rgb, _ = model.render(volume, rays)
-            sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
-            sums[1] += len(rays)
+            rgb, features = model.render_pixels(volume, rays)
+            if model.renders_color(batch):
+                sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
+                sums[1] += len(rays)
+            if features is not None:
+                known = rays.features.any(dim=1)
+                distance = feature_distance(features, rays.features, kind).mean(1).double()
+                sums[2:4] += torch.stack([(distance * known).sum(), known.sum()])
         rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, rngs)
         _, depth = model.render(volume, rays)
-        sums[2:] += depth_sums(depth, rays.depth)
+        sums[4:] += depth_sums(depth, rays.depth)
     model.train(was_training)
     meet()  # frames may differ in the time they take
-    squared_color, pixels, abs_rel, squared_depth, close, ray_count = all_reduce_sum(sums).tolist()
-    psnr = {"psnr": -10 * torch.tensor(squared_color / pixels).log10().item()} if pixels else {}
-    if not ray_count and psnr and not model.recipe.data.sweeps:
-        return psnr  # images only, as in training
+    squared_color, pixels, distance, known, abs_rel, squared_depth, close, ray_count = all_reduce_sum(sums).tolist()
+    metrics = {}
+    if pixels:
+        metrics["psnr"] = -10 * torch.tensor(squared_color / pixels).log10().item()
+    if known:
+        metrics[f"features_{kind}"] = 1 - distance / known if kind == "cosine" else distance / known
+    if not ray_count and metrics and not model.recipe.data.sweeps:
+        return metrics  # images only, as in training
     if not ray_count:
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")
-    return psnr | {
+    return metrics | {
         "depth_abs_rel": abs_rel / ray_count,
         "depth_rmse": (squared_depth / ray_count) ** 0.5,
         "depth_delta1": close / ray_count,

@@ -30,7 +30,7 @@ class Pretrain(nn.Module):
         self.recipe = recipe
         self.encoder = Encoder(recipe)
         self.project = ConvNormReLU3d(self.encoder.channels, recipe.render.channels)
-        self.renderer = Renderer(recipe.render, recipe.grid)
+        self.renderer = Renderer(recipe.render, recipe.grid, recipe.data.feature_channels)
 
     def forward(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one training step.
@@ -58,6 +58,10 @@ class Pretrain(nn.Module):
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
 
+    def renders_features(self, batch: Batch) -> bool:
+        """Whether the model learns features and the batch has them."""
+        return self.recipe.render.features_weight > 0 and batch.features is not None
+
     def renders_color(self, batch: Batch) -> bool:
         """Whether the model learns colors and the batch has images."""
         return self.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
@@ -66,14 +70,25 @@ class Pretrain(nn.Module):
         """Render rays in chunks, without gradients: rgb [R, 3] in [0, 1] and depth [R] meters."""
         return self.render_surface(volume, rays)[:2]
 
-    @torch.no_grad()
+    def render_pixels(self, volume: Tensor, rays: Rays) -> tuple[Tensor, Tensor | None]:
+        """Likewise, rgb and features [R, F]; None for features unless they are learned and `rays` have some."""
+        parts = [(rendered.rgb.clamp(0, 1), rendered.features) for rendered in self._in_chunks(volume, rays)]
+        rgb, features = zip(*parts, strict=True)
+        return torch.cat(rgb), None if features[0] is None else torch.cat(features)
+
     def render_surface(self, volume: Tensor, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
         """What `render` returns, and the surface normals [R, 3]: unit vectors, LiDAR frame; 0 for rays that miss the
         volume."""
-        chunk = 8192 if volume.is_cuda else 512  # rays; 512 fit a CPU's caches: a third less time there than with 8192
         parts = []
-        for i in range(0, len(rays), chunk):
-            rendered = self.renderer(volume, rays[i : i + chunk], stop=STOP)
+        for rendered in self._in_chunks(volume, rays):
             normal = (rendered.weights[..., None] * rendered.gradient).sum(dim=1)
             parts.append((rendered.rgb.clamp(0, 1), rendered.depth, F.normalize(normal, dim=1)))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _in_chunks(self, volume, rays):
+        """Yields `Rendered` of consecutive rays, without gradients."""
+        chunk = 8192 if volume.is_cuda else 512  # rays; 512 fit a CPU's caches: a third less time there than with 8192
+        for i in range(0, len(rays), chunk):
+            with torch.no_grad():
+                rendered = self.renderer(volume, rays[i : i + chunk], stop=STOP)
+            yield rendered

@@ -4,7 +4,7 @@ A candidate for a ray is (u, v, z): a pixel and its depth along the optical axis
 Choosing rays never waits for the GPU: candidates that must not be chosen get rank 0, they are not removed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,12 +25,18 @@ class Rays:
     depth: Tensor  # [R] distance along the ray to the LiDAR point, -1: unknown
     rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]; 0 for rays from the LiDAR; [R, 0] in a batch without pixels
     volume_idx: Tensor  # [R] int32 the sample whose volume the ray crosses
+    features: Tensor | None = None  # [R, F] of the pixel; None for rays from the LiDAR and where a batch has none
 
     def __len__(self) -> int:
         return len(self.depth)
 
     def __getitem__(self, rows) -> "Rays":
-        return Rays(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return self.each(lambda tensor: tensor[rows])
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Rays":
+        """The rays with `function` applied to every tensor."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rays(**{name: None if t is None else function(t) for name, t in named.items()})
 
 
 def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generator]) -> Rays:
@@ -75,7 +81,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
         else:
             raise ValueError(f"no ray strategy {cfg.strategy!r}: choose depth, random, dilation or patch")
         parts.append(cast_rays(batch, b, chosen))
-    return _concatenated(parts)
+    return concatenated(parts)
 
 
 def rays_per_sample(batch: Batch, cfg: RayChoice) -> int:
@@ -99,11 +105,11 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
             allowed = _between_radii(points, cfg) & (points[:, 4] == 0)  # time lag 0: the keyframe's
             targets = _draw(points[None, :, :3], 1 * allowed[None], len(CAMERAS) * per_view, generators[b])
             parts.append(rays_from_lidar(targets[0], b))
-        return _concatenated(parts)
+        return concatenated(parts)
     parts = []
     for b, (projected, visible) in enumerate(_lidar_in_views(batch, cfg)):
         parts.append(cast_rays(batch, b, _draw(projected, 1 * visible, per_view, generators[b])))
-    return _concatenated(parts)
+    return concatenated(parts)
 
 
 def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
@@ -182,7 +188,8 @@ def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
 
     chosen: [N, K, 3] u, v inside the image, and depth along the optical axis in meters, 0 = unknown.
 
-    Returns N * K rays, view after view. Their color is that of the pixel at the truncated coordinates.
+    Returns N * K rays, view after view. Their color is that of the pixel at the truncated coordinates, their features,
+    where the batch has some, are interpolated at the coordinates.
     """
     N, K, _ = chosen.shape
     known = chosen[..., 2] > 0
@@ -199,8 +206,27 @@ def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
         depth=distance.where(known, -1.0),
         rgb=batch.images[sample].permute(0, 2, 3, 1)[view, v, u],
         volume_idx=torch.full((N, K), sample, dtype=torch.int32, device=chosen.device),
+        features=None if batch.features is None else features_at(batch, sample, chosen[..., :2]),
     )
-    return Rays(**{f.name: getattr(rays, f.name).flatten(0, 1) for f in fields(Rays)})
+    return rays.each(lambda tensor: tensor.flatten(0, 1))
+
+
+def features_at(batch: Batch, sample: int, pixels: Tensor) -> Tensor:
+    """Features [N, K, F] fp32 of one sample's images at pixels [N, K, 2] u, v, which need not be whole numbers.
+
+    An image's features are those of h x w equal parts of it, each at the middle of its part: bilinear between these,
+    constant beyond the outermost.
+    """
+    maps, view = batch.features[sample], torch.arange(len(pixels), device=pixels.device)[:, None]
+    # [N, 1, 2] x, y
+    sizes, image_sizes = (s[sample].flip(-1)[:, None] for s in (batch.feature_sizes, batch.image_sizes))
+    at = pixels * (sizes / image_sizes) - 0.5
+    low = at.floor()
+    weight = (at - low)[..., None]  # [N, K, 2, 1] of the upper neighbor
+    (x0, y0), (x1, y1) = (p.long().clamp(min=0).minimum(sizes - 1).unbind(-1) for p in (low, low + 1))
+    top = torch.lerp(maps[view, y0, x0].float(), maps[view, y0, x1].float(), weight[:, :, 0])
+    bottom = torch.lerp(maps[view, y1, x0].float(), maps[view, y1, x1].float(), weight[:, :, 0])
+    return torch.lerp(top, bottom, weight[:, :, 1])
 
 
 def lidar_points(batch: Batch, cfg: RayChoice) -> tuple[Tensor, Tensor]:
@@ -287,5 +313,7 @@ def _inverse(matrices):
     return torch.linalg.inv_ex(matrices.double()).inverse.to(matrices.dtype)
 
 
-def _concatenated(parts):
-    return Rays(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rays)})
+def concatenated(parts: Sequence[Rays]) -> Rays:
+    """All rays of `parts`, in their order."""
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Rays)}
+    return Rays(**{name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in columns.items()})

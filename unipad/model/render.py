@@ -14,6 +14,12 @@ weights are all 0 gets the lower end of that range.
 On a GPU, field, opacity and compositing of neus and volsdf are one fused op, `sdf_render`, where it supports the field;
 unisurf, other fields, fp64 and CPUs run op by op.
 
+Features of any number of channels are rendered as `features = head(sum_s w_s f_s)`, with the C channels f_s of the
+volume at sample s and one linear layer, the head. Being linear, it gives what heads of all samples would give, plus its
+bias for what a ray lets through: the bias is the features of the background, such as the sky. Others decode before they
+sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample, RenderOcc (arXiv 2309.09502), without a background, to
+class scores in every voxel.
+
 A sample lies at the start of its interval. Rays, points, rendered depths and the settings `near` and `truncation` are
 in meters; all other lengths are scaled meters, meters * grid.scale.
 
@@ -24,12 +30,14 @@ of the batch is called a batch sample.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad import config
 from unipad.kernels.backend import on_triton
 from unipad.kernels.composite import composite
 from unipad.kernels.depth_range import depth_in_range, rows_of_volumes
+from unipad.kernels.ray_features import ray_features
 from unipad.kernels.ray_sample import clip_rays
 from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
 from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_values
@@ -53,6 +61,7 @@ class Rendered:
     points_sdf: Tensor | None  # [P] scaled meters, at the points given to `forward`; None if no loss needs it
     of_volume: Tensor  # [B, R] 1 where a ray hits the volume of the batch sample, else 0
     points_of_volume: Tensor | None  # [B, P] the same for the points given to `forward`
+    features: Tensor | None = None  # [R, F]; None unless the loss `features` is on and the rays have features
 
 
 class Renderer(nn.Module):
@@ -61,7 +70,8 @@ class Renderer(nn.Module):
     Computes in the parameters' dtype, even under autocast: signed distances in half precision are off by decimeters.
     """
 
-    def __init__(self, cfg: config.Render, grid: config.Grid):
+    def __init__(self, cfg: config.Render, grid: config.Grid, feature_channels: int = 0):
+        """feature_channels: F, of the features in `Rays`, for the loss `features`."""
         super().__init__()
         self.cfg = cfg
         self.exact = False  # True: the fused op multiplies with fp32 accuracy (tf32x3), not in tf32
@@ -75,6 +85,7 @@ class Renderer(nn.Module):
         self.field.deviation_network.requires_grad_(cfg.method == "neus")
         self.field.laplace_density["beta"].requires_grad_(cfg.method == "volsdf")
         self.field.rgb_decoder.requires_grad_(cfg.rgb_weight > 0)
+        self.feature_head = nn.Linear(cfg.channels, feature_channels) if cfg.features_weight > 0 else None
 
     def forward(
         self,
@@ -88,7 +99,7 @@ class Renderer(nn.Module):
 
         Args:
             volume: [B, C, Z, Y, X] features, LiDAR frame; channels_last_3d saves a copy.
-            rays:   R of them; depth and color are not used.
+            rays:   R of them; depth and color are not used. If they have features, features are rendered for them.
             jitter: [R, self.jitters] uniforms in [0, 1) that jitter the samples of each ray, in training.
                     None: the same samples every time.
             points: pair of [P, 3] meters and [P] int32 volume index (-1: not used), for the loss `points`.
@@ -142,7 +153,13 @@ class Renderer(nn.Module):
             rgb = rgb if self.training else rgb.clamp(0, 1)
             depth, of_volume = depth_in_range(depth, edges, rays.volume_idx, hit, len(volume), self.scale)
             points_sdf, points_of_volume = self._at_points(volume, points)
-        return Rendered(rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume)
+            features = None
+            if self.feature_head is not None and rays.features is not None:
+                bundle = origins, directions, rays.volume_idx
+                features = self.feature_head(ray_features(volume, bundle, edges, weights, cells))
+        return Rendered(
+            rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume, features
+        )
 
     def loss(self, rendered: Rendered, rays: Rays, sources: Sources | None = None) -> dict[str, Tensor]:
         """The weighted terms whose weight in the config is above 0: name -> scalar.
@@ -155,7 +172,9 @@ class Renderer(nn.Module):
             eikonal     (|gradient| - 1)^2 over all samples
             points      |sdf| over the points given to `forward`
             photometric `photometric_error` over the rays that it counts; needs `sources`
-        Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none.
+            features    1 - cosine similarity over rays with features, or |f - f*| over these and all channels
+        Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none,
+        rays.features [R, F], 0 in all channels for none.
         """
         cfg = self.cfg
         hit_rays = rendered.of_volume  # [B, R] 1 or 0
@@ -181,6 +200,10 @@ class Renderer(nn.Module):
             "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), hit_rays),
             "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_volume),
             "photometric": photometric,
+            "features": lambda: _mean(
+                feature_distance(rendered.features, rays.features, cfg.features_loss),
+                hit_rays * rays.features.any(dim=1),
+            ),
         }
         weights = {name: getattr(cfg, f"{name}_weight") for name in terms}
         assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
@@ -210,6 +233,13 @@ class Renderer(nn.Module):
         position = (position.to(volume.dtype) * self.scale)[:, None]  # [P, 1, 3]
         sdf = self.field.sdf(volume, position, volume_idx.clamp(min=0))[:, 0]  # index -1: computed, but not used
         return sdf, rows_of_volumes(volume_idx, len(volume), volume.dtype)
+
+
+def feature_distance(features: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Distance of features [R, F] from `target` [R, F]: [R, 1] 1 - cosine similarity, or for "l1" [R, F]."""
+    if kind == "l1":
+        return (features - target).abs()
+    return 1 - F.cosine_similarity(features, target, dim=1)[:, None]
 
 
 def _mean(value, of_volume, mask=None):

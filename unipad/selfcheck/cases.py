@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from unipad.kernels.composite import composite, composite_ref
 from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref
 from unipad.kernels.lift import lift, lift_ref
+from unipad.kernels.ray_features import ray_features, ray_features_ref
 from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
@@ -251,6 +252,22 @@ def _ray_cases(size, recipe):
     yield from _each("fp32 bf16", "trilinear", size, trilinear, trilinear_ref, at_points, wrt)
     yield from _each("fp32", "trilinear, bit-equal", size, trilinear, trilinear_ref, at_points, wrt, strict=True)
     yield from _each("fp32", "trilinear_value", size, trilinear_value, trilinear_value_ref, at_points)
+
+    def along_rays(device, dtype):
+        Z, Y, X, C = (5, 180, 180, 32) if recipe else (2, 3, 4, 5)
+        size = torch.tensor([X, Y, Z], device=device, dtype=torch.float32)  # units: the length of a ray
+        rays = (
+            torch.rand(R, 3, device=device) * 0.1 - 0.05,
+            F.normalize(torch.randn(R, 3, device=device), dim=1),
+            torch.randint(2, (R,), device=device, dtype=torch.int32),
+        )
+        edges = torch.rand(R, S + n + 1, device=device).sort(dim=1).values
+        weights = torch.rand(R, S + n, device=device)
+        volume = torch.randn(2, Z, Y, X, C, device=device)
+        return dict(volume=volume, rays=rays, edges=edges, weights=weights, cells=(0.6 * size, (size - 1) / 2))
+
+    wrt = ("volume", "weights")
+    yield from _each("fp32", "ray_features", size, ray_features, ray_features_ref, along_rays, wrt)
 
     def sdf_and_deltas(device, dtype):
         randn = partial(torch.randn, device=device)

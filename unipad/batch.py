@@ -54,6 +54,13 @@ LIDARSEG_CLASSES = (
     "vegetation",
 )
 
+# Occ3D-nuScenes (arXiv 2304.14365): classes 0 to 17 of voxels, and their grid in the ego frame of the keyframe's LiDAR
+# (x forward, y left, z up), in meters. Classes 1 to 16 are those of lidarseg.
+OCCUPANCY_CLASSES = ("others", *LIDARSEG_CLASSES, "free")
+FREE = OCCUPANCY_CLASSES.index("free")
+OCCUPANCY_SHAPE = (200, 200, 16)  # voxels along x, y, z
+OCCUPANCY_LOW, OCCUPANCY_CELL = (-40.0, -40.0, -1.0), 0.4  # lower corner, edge of a voxel
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -82,6 +89,10 @@ class Batch:
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
+    # [B, 3, X, Y, Z] uint8 in the voxels of `OCCUPANCY_SHAPE`: class 0-17, 1 where a LiDAR ray saw it, 1 where a camera
+    # did; None: no such labels
+    occupancy: Tensor | None = None
+    ego2lidar: Tensor | None = None  # [B, 4, 4] meters (ego frame of these voxels) -> LiDAR frame; None: not needed
     rig: tuple[Tensor, int, bytes] | None = None  # for `calibration`, set by `to`: `lidar2image`, its version and bytes
 
     def __len__(self) -> int:

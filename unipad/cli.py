@@ -27,7 +27,7 @@ A = TypeVar("A")
 # class and an IoU.
 # Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
-MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms"}
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "max_voxels"}
 SIGNED = {"low", "high", "center_low", "center_high", "variance"}  # floats that may be negative; all others may not
 UP_TO_1 = {  # floats from 0 to 1
     "flip_x",

@@ -279,6 +279,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Occupancy:
+    """Occupancy head: a small MLP on the volume's features at the center of each voxel, and its losses."""
+
+    classes: int = 18  # Occ3D's classes: 0 to 16, and 17, free
+    channels: int = 32  # channels of the volume that the head reads
+    hidden: int = 64  # width of the MLP
+    # voxels to learn: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene saw; or
+    # all, the unseen ones as free
+    mask: Literal["camera", "lidar", "none"] = "camera"
+    max_voxels: int = 0  # at most this many of them per sample, drawn anew in each step; 0: all
+    cross_entropy_weight: float = 1.0  # weight of the cross-entropy
+    lovasz_weight: float = 1.0  # weight of the Lovász softmax loss
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW and its schedule.
 
@@ -349,7 +364,12 @@ class SegmentRecipe(FinetuneRecipe):
     segment: Segment = field(default_factory=Segment)
 
 
-AnyRecipe = PretrainRecipe | DetectRecipe | SegmentRecipe
+@dataclass(frozen=True)
+class OccupancyRecipe(FinetuneRecipe):
+    occupancy: Occupancy = field(default_factory=Occupancy)
+
+
+AnyRecipe = PretrainRecipe | DetectRecipe | SegmentRecipe | OccupancyRecipe
 
 # ConvNeXt sizes: (blocks per stage, channels per stage)
 CONVNEXT = {

@@ -11,6 +11,8 @@ from unipad.config import (
     DetectRecipe,
     Grid,
     LidarConfig,
+    Occupancy,
+    OccupancyRecipe,
     Optim,
     Paste,
     PretrainRecipe,
@@ -329,6 +331,72 @@ SEGMENT = {
                 epochs=50,
                 batch_size=12,
             ),
+        ),
+    },
+}
+
+# Fine-tuning for occupancy. The paper has none: encoders are those of detection, and so is what moves their inputs; 24
+# epochs are those of SparseOcc and FlashOcc on Occ3D-nuScenes
+
+TINY_OCCUPANCY = Occupancy(max_voxels=20_000)
+TINY_OCCUPANCY_OPTIM = Optim(
+    schedule="one_cycle", lr=3e-3, backbone_lr_factor=1.0, start_factor=0.1, final_factor=1e-3, epochs=8, batch_size=1
+)
+
+# modality -> name -> recipe
+OCCUPANCY = {
+    "camera": {
+        "tiny": OccupancyRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            augment=replace(CAMERA_AUGMENT, grid_mask=0.0),
+            camera=TINY_CAMERA_UNMASKED,
+            occupancy=TINY_OCCUPANCY,
+            optim=TINY_OCCUPANCY_OPTIM,
+        ),
+        "camera-0.075": OccupancyRecipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=CAMERA_AUGMENT,
+            camera=CAMERA_075_UNMASKED,
+            optim=Optim(epochs=24),
+        ),
+        "camera-0.1": OccupancyRecipe(augment=CAMERA_AUGMENT, camera=_unmasked(CameraConfig()), optim=Optim(epochs=24)),
+    },
+    "lidar": {
+        "tiny": OccupancyRecipe(
+            grid=TINY_GRID,
+            data=Data(cameras=False),
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), flip_x=0.5, flip_y=0.5, shuffle=True),
+            lidar=TINY_LIDAR_UNMASKED,
+            occupancy=TINY_OCCUPANCY,
+            optim=TINY_OCCUPANCY_OPTIM,
+        ),
+        "lidar-0.075": OccupancyRecipe(
+            grid=GRID_075,
+            data=Data(cameras=False, sweeps=10),
+            augment=LIDAR_AUGMENT,
+            lidar=LIDAR_UNMASKED,
+            optim=replace(LIDAR_OPTIM, epochs=24),
+        ),
+    },
+    "fusion": {
+        "tiny": OccupancyRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            augment=replace(CAMERA_AUGMENT, grid_mask=0.0, shuffle=True),
+            camera=TINY_CAMERA_UNMASKED,
+            lidar=TINY_LIDAR_UNMASKED,
+            occupancy=TINY_OCCUPANCY,
+            optim=TINY_OCCUPANCY_OPTIM,
+        ),
+        "fusion-0.075": OccupancyRecipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=FUSION_AUGMENT,
+            camera=CAMERA_075_UNMASKED,
+            lidar=LIDAR_UNMASKED,
+            optim=replace(FUSION_OPTIM, epochs=24),
         ),
     },
 }

@@ -54,6 +54,8 @@ class Sample:
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each camera frame relative to the keyframe, which is first, with 0; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
+    occupancy:    [3, X, Y, Z] uint8 as in `Batch`; None without these labels.
+    ego2lidar:    [4, 4] float32 ego frame of the voxels -> LiDAR; None where no task needs it.
     """
 
     images: list[np.ndarray]
@@ -66,6 +68,8 @@ class Sample:
     token: str
     frame_lags: np.ndarray | None = None
     cameras: tuple[str, ...] = ()
+    occupancy: np.ndarray | None = None
+    ego2lidar: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -88,9 +92,9 @@ class DrivingDataset(torch.utils.data.Dataset):
     default_version = ""  # the version without --version
     # False: no loss reads pixels, so `load` may return images of [h, w, 0]; see `without_pixels`.
     pixels = True
-    # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. Metrics are the
-    # nuScenes devkit's, so a dataset that names a task also needs nuScenes' tables in its root and an attribute
-    # `index`, a `unipad.data.index.Index`.
+    # What finetune.py can train and eval.py can score: "detect", "segment", "occupancy". Pre-training needs none. For
+    # the first two, metrics are the nuScenes devkit's, so a dataset that names one also needs nuScenes' tables in its
+    # root and an attribute `index`, a `unipad.data.index.Index`.
     tasks: tuple[str, ...] = ()
 
     def __init__(
@@ -167,6 +171,15 @@ class DrivingDataset(torch.utils.data.Dataset):
     def require_point_labels(self):
         """Raise `DataError` unless every frame has `point_labels`."""
         raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")
+
+    def with_occupancy(self, labels: bool = True) -> "DrivingDataset":
+        """This dataset with `ego2lidar` and, if `labels`, `occupancy` in its samples: only frames that have these
+        labels remain. Raises `DataError` if there are none."""
+        raise DataError(f"{self.root / self.version} has no occupancy labels.")
+
+    def lidar_origins(self) -> dict[str, np.ndarray]:
+        """{token: [K, 3] meters in its ego frame} of the frames `with_occupancy`: where the rays of RayIoU start."""
+        raise DataError(f"{self.root / self.version} has no LiDAR poses.")
 
     # The same for every dataset
 
@@ -290,6 +303,9 @@ def collate(samples: list[Sample]) -> Batch:
     def concatenate(name):
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
 
+    def stack_or_none(name):
+        return None if getattr(samples[0], name) is None else stack(name)
+
     labeled = all(s.point_labels is not None for s in samples)
     return Batch(
         images=torch.from_numpy(images).permute(0, 1, 4, 2, 3),
@@ -303,8 +319,10 @@ def collate(samples: list[Sample]) -> Batch:
         box_counts=torch.tensor([len(s.boxes) for s in samples]),
         point_labels=concatenate("point_labels") if labeled else None,
         tokens=tuple(s.token for s in samples),
-        frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
+        frame_lags=stack_or_none("frame_lags"),
         cameras=samples[0].cameras,
+        occupancy=stack_or_none("occupancy"),
+        ego2lidar=stack_or_none("ego2lidar"),
     )
 
 

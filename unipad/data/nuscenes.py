@@ -14,6 +14,7 @@ Unlike in the original: the latest sweeps before the keyframe are taken (in the 
 and a scene's first keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
 """
 
+import copy
 import hashlib
 import io
 import os
@@ -28,9 +29,17 @@ from PIL import Image
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
+from unipad.data.occupancy import read_occupancy
 from unipad.data.splits import splits_of
-from unipad.data.synthetic import ensure_city
-from unipad.data.tables import find_root, load_camera_sweeps, load_index, samples_of_scenes, tables_state
+from unipad.data.synthetic import add_occupancy, ensure_city, is_synthetic
+from unipad.data.tables import (
+    find_root,
+    load_camera_sweeps,
+    load_index,
+    load_occupancy,
+    samples_of_scenes,
+    tables_state,
+)
 
 MAX_INTENSITY = 65535.0  # a larger one means a damaged file: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
@@ -45,7 +54,7 @@ class NuScenesDataset(DrivingDataset):
     """
 
     default_version = "v1.0-mini"
-    tasks = ("detect", "segment")
+    tasks = ("detect", "segment", "occupancy")
 
     def __init__(
         self,
@@ -59,6 +68,7 @@ class NuScenesDataset(DrivingDataset):
     ):
         root = find_root(root, version)
         self.index, self.camera_sweep_index = load_index(root, version, split), None
+        self.occupancy_index, self.occupancy_labels = None, False  # see `with_occupancy`
         if data.cameras and data.camera_sweeps > 1:  # `Data` counts the keyframe as a sweep
             self.camera_sweep_index = load_camera_sweeps(root, version, split)
         settings = (label_fraction, point_range, augment)
@@ -108,6 +118,35 @@ class NuScenesDataset(DrivingDataset):
             where = f"{self.root / self.version} {self.split}"
             raise DataError(f"{where} has frames without lidarseg labels; unpack nuScenes-lidarseg in {self.root}.")
 
+    def with_occupancy(self, labels=True):
+        """This dataset with occupancy labels. Those of a synthetic city without any are made first."""
+        dataset = copy.copy(self)
+        dataset.occupancy_index, dataset.occupancy_labels = load_occupancy(self.root, self.version, self.split), labels
+        if not labels:
+            return dataset
+        files = dataset.occupancy_index.files[self.frames]
+        folders = np.char.rpartition(files, b"/")[
+            :, 0
+        ]  # of one file each: their parents are fewer, and quicker to list
+        present = on_disk(self.root, folders)
+        if not present.all() and is_synthetic(self.root):
+            add_occupancy(self.root)
+            present = on_disk(self.root, folders)
+        if not present.any():
+            raise DataError(
+                f"{self.root} has no occupancy labels, such as {files[0].decode()}; unpack gts of Occ3D-nuScenes there."
+            )
+        if not present.all():
+            where, missing = f"{self.root / self.version} {self.split}", files[~present]
+            _report(f"{where}: {len(missing)} frames are left out; without labels, such as {missing[0].decode()}")
+        dataset.frames = self.frames[present]
+        return dataset
+
+    def lidar_origins(self):
+        tokens, origins = self.index.tokens, self.occupancy_index.origins
+        pairs = zip(tokens, origins, strict=True)
+        return {token.decode(): of_frame[~np.isnan(of_frame[:, 0])] for token, of_frame in pairs}
+
     def load(self, frame):
         index = self.index
         files, sizes, intrinsics, lidar2camera = self._views(frame)
@@ -122,6 +161,11 @@ class NuScenesDataset(DrivingDataset):
             point_labels = np.zeros(len(points), np.uint8)
             point_labels[: len(clouds[0])] = self._read_labels(frame, len(clouds[0]))
         b = slice(*index.box_offsets[frame : frame + 2])
+        occupancy, ego2lidar = None, None
+        if self.occupancy_index is not None:
+            ego2lidar = self.occupancy_index.ego2lidar[frame].astype(np.float32)
+            if self.occupancy_labels:
+                occupancy = read_occupancy(self._path(self.occupancy_index.files[frame]))
         return Sample(
             images=images,
             lidar2image=(scales @ intrinsics @ lidar2camera).astype(np.float32),
@@ -133,6 +177,8 @@ class NuScenesDataset(DrivingDataset):
             token=index.tokens[frame].decode(),
             frame_lags=self._frame_lags(frame),
             cameras=tuple(name.decode() for name in index.cameras) if self.data.cameras else (),
+            occupancy=occupancy,
+            ego2lidar=ego2lidar,
         )
 
     def _views(self, frame):

@@ -61,6 +61,7 @@ def apply_transform(sample, transform: np.ndarray):
 
     Images do not change: the new projections map the new points to the same pixels and the same depths along the
     optical axis, in meters that are not scaled. Lengths in the new LiDAR frame are scaled, also those along rays.
+    Occupancy labels do not change either: the new `ego2lidar` leads from them to the new LiDAR frame.
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
     points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]
@@ -70,6 +71,7 @@ def apply_transform(sample, transform: np.ndarray):
         boxes=transform_boxes(sample.boxes, transform),
         lidar2image=(sample.lidar2image.astype(np.float64) @ inverse).astype(np.float32),
         lidar2camera=(sample.lidar2camera.astype(np.float64) @ inverse).astype(np.float32),
+        ego2lidar=None if sample.ego2lidar is None else (transform @ sample.ego2lidar).astype(np.float32),
     )
 
 

@@ -54,6 +54,9 @@ class Sample:
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each camera frame relative to the keyframe, which is first, with 0; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
+    sweep_origins: [S, 4] float32 of the `Data.sweeps` LiDAR sweeps, the keyframe's first: x, y, z of the LiDAR in
+                  LiDAR, and exactly the time lag of its points, -1 for sweeps that do not exist. None: not known, so
+                  that the loss `occupancy` cannot be computed.
     """
 
     images: list[np.ndarray]
@@ -66,6 +69,7 @@ class Sample:
     token: str
     frame_lags: np.ndarray | None = None
     cameras: tuple[str, ...] = ()
+    sweep_origins: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -305,6 +309,7 @@ def collate(samples: list[Sample]) -> Batch:
         tokens=tuple(s.token for s in samples),
         frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
         cameras=samples[0].cameras,
+        sweep_origins=None if samples[0].sweep_origins is None else stack("sweep_origins"),
     )
 
 

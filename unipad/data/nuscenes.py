@@ -116,7 +116,7 @@ class NuScenesDataset(DrivingDataset):
         for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
             image, scales[view] = read(file, *size.tolist())
             images.append(image)
-        clouds = self._read_points(index.frame_lidar[frame])
+        clouds, sweep_origins = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
         if index.lidarseg_files[frame]:
             point_labels = np.zeros(len(points), np.uint8)
@@ -133,6 +133,7 @@ class NuScenesDataset(DrivingDataset):
             token=index.tokens[frame].decode(),
             frame_lags=self._frame_lags(frame),
             cameras=tuple(name.decode() for name in index.cameras) if self.data.cameras else (),
+            sweep_origins=sweep_origins,
         )
 
     def _views(self, frame):
@@ -155,11 +156,13 @@ class NuScenesDataset(DrivingDataset):
 
     def _read_points(self, key):
         """List of [P, 5], columns as in `Batch.points`: the LiDAR scan in row `key` of the index, then the sweeps
-        before it in its scene, the latest first; all in the LiDAR frame of `key`."""
+        before it in its scene, the latest first; all in the LiDAR frame of `key`. And `Sample.sweep_origins`."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]
+        origins = np.zeros((self.data.sweeps, 4), np.float32)
+        origins[1:, 3] = -1  # no such sweep, unless one is read below
         while len(clouds) < self.data.sweeps and sweep >= 0:
             points = _load_points(self._path(index.lidar_files[sweep]))
             x, y = np.abs(points[:, :2]).T
@@ -167,9 +170,10 @@ class NuScenesDataset(DrivingDataset):
             to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
             points[:, :3] = points[:, :3] @ to_key[:3, :3].T + to_key[:3, 3]
             points[:, 4] = 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
+            origins[len(clouds)] = *to_key[:3, 3], 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
             clouds.append(points)
             sweep = index.lidar_prev[sweep]
-        return clouds
+        return clouds, origins
 
     def _read_labels(self, frame, count):
         """[count] uint8 lidarseg class 0-16 of the keyframe's points."""

@@ -277,6 +277,7 @@ def make_batch(recipe, scene=0, cameras=6):
         point_labels=on_gpu(sum(points), dtype=torch.uint8),
         tokens=("",) * B,
         frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
+        sweep_origins=on_gpu(B, data.sweeps, 4),
     )
 
 

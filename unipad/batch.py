@@ -93,6 +93,9 @@ class Batch:
     # did; None: no such labels
     occupancy: Tensor | None = None
     ego2lidar: Tensor | None = None  # [B, 4, 4] meters (ego frame of these voxels) -> LiDAR frame; None: not needed
+    # [B, S, 4] of S LiDAR sweeps, the keyframe's first: x, y, z meters of the LiDAR (LiDAR frame of the keyframe), and
+    # the time in seconds that is in its `points`, -1 where a sample has no such sweep; None: not known
+    sweep_origins: Tensor | None = None
     rig: tuple[Tensor, int, bytes] | None = None  # for `calibration`, set by `to`: `lidar2image`, its version and bytes
 
     def __len__(self) -> int:

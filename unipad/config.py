@@ -232,6 +232,18 @@ class Render:
     sdf_weight: float = 0.0  # weight of the SDF loss near the surface
     eikonal_weight: float = 0.0  # weight of the eikonal loss
     points_weight: float = 0.0  # weight of |SDF| at the LiDAR points
+    occupancy_weight: float = 0.0  # weight of the loss of free and full cells, as the LiDAR's rays carve them
+    occupancy_window: float = 0.2  # seconds: in a cell, rays of the last ones decide, then those of earlier ones, ...
+
+    def __post_init__(self):
+        if not self.occupancy_window > 0:
+            raise UserError(f"--render.occupancy-window {self.occupancy_window} must be above 0.")
+
+    @property
+    def renders(self) -> bool:
+        """Whether a loss compares renderings; `occupancy` reads the volume itself."""
+        weights = {f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")} - {"occupancy_weight"}
+        return any(getattr(self, name) > 0 for name in weights)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,34 @@ CAMERA_075_PRETRAIN = PretrainRecipe(
     rays=RayChoice(far_radius=100.0),  # through LiDAR points up to 100 m away
 )
 
+TINY_LIDAR_PRETRAIN = PretrainRecipe(
+    grid=TINY_GRID,
+    data=Data(image_size=(128, 224)),
+    augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+    lidar=TINY_LIDAR,
+    rays=replace(TINY_RAYS, lidar_per_view=64),
+    # The default variance, not TINY_RENDER's: with the depth loss alone, a sharp surface that has vanished has no
+    # gradient, and half of the runs never recovered it.
+    render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
+    optim=TINY_OPTIM,
+)
+# uvtr_lidar_vs0.075_pretrain
+LIDAR_075_PRETRAIN = PretrainRecipe(
+    grid=GRID_075,
+    data=Data(sweeps=10),
+    augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+    lidar=LidarConfig(),
+    rays=RayChoice(far_radius=100.0),
+    render=Render(rgb_weight=0.0, truncation=0.2),  # truncation: of the SDF losses, if they are turned on
+    optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, batch_size=16),
+)
+
+
+def _with_occupancy(recipe):
+    """The recipe with the loss `occupancy` beside its own: not in the paper."""
+    return replace(recipe, render=replace(recipe.render, occupancy_weight=1.0))
+
+
 # Pre-training: modality -> name -> recipe. Comments name the released configs, such as uvtr_cam_vs0.075_pretrain.
 PRETRAIN = {
     "camera": {
@@ -115,17 +143,8 @@ PRETRAIN = {
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
     },
     "lidar": {
-        "tiny": PretrainRecipe(
-            grid=TINY_GRID,
-            data=Data(image_size=(128, 224)),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=TINY_LIDAR,
-            rays=replace(TINY_RAYS, lidar_per_view=64),
-            # The default variance, not TINY_RENDER's: with the depth loss alone, a sharp surface that has vanished has
-            # no gradient, and half of the runs never recovered it.
-            render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
-            optim=TINY_OPTIM,
-        ),
+        "tiny": TINY_LIDAR_PRETRAIN,
+        "tiny-occupancy": _with_occupancy(TINY_LIDAR_PRETRAIN),
         "segment-tiny": PretrainRecipe(
             grid=TINY_GRID,
             data=Data(image_size=(128, 224)),
@@ -144,16 +163,8 @@ PRETRAIN = {
             render=Render(rgb_weight=0.0),
             optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, epochs=24, batch_size=16),
         ),
-        # uvtr_lidar_vs0.075_pretrain
-        "lidar-0.075": PretrainRecipe(
-            grid=GRID_075,
-            data=Data(sweeps=10),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=LidarConfig(),
-            rays=RayChoice(far_radius=100.0),
-            render=Render(rgb_weight=0.0, truncation=0.2),  # truncation: of the SDF losses, if they are turned on
-            optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, batch_size=16),
-        ),
+        "lidar-0.075-occupancy": _with_occupancy(LIDAR_075_PRETRAIN),
+        "lidar-0.075": LIDAR_075_PRETRAIN,
     },
     "fusion": {
         "tiny": PretrainRecipe(

@@ -56,6 +56,9 @@ class Sample:
     cameras:      names of the keyframe's cameras; () if they have no names.
     occupancy:    [3, X, Y, Z] uint8 as in `Batch`; None without these labels.
     ego2lidar:    [4, 4] float32 ego frame of the voxels -> LiDAR; None where no task needs it.
+    sweep_origins: [S, 4] float32 of the `Data.sweeps` LiDAR sweeps, the keyframe's first: x, y, z of the LiDAR in
+                  LiDAR, and exactly the time lag of its points, -1 for sweeps that do not exist. None: not known, so
+                  that the loss `occupancy` cannot be computed.
     """
 
     images: list[np.ndarray]
@@ -70,6 +73,7 @@ class Sample:
     cameras: tuple[str, ...] = ()
     occupancy: np.ndarray | None = None
     ego2lidar: np.ndarray | None = None
+    sweep_origins: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -323,6 +327,7 @@ def collate(samples: list[Sample]) -> Batch:
         cameras=samples[0].cameras,
         occupancy=stack_or_none("occupancy"),
         ego2lidar=stack_or_none("ego2lidar"),
+        sweep_origins=stack_or_none("sweep_origins"),
     )
 
 

@@ -125,9 +125,8 @@ class NuScenesDataset(DrivingDataset):
         if not labels:
             return dataset
         files = dataset.occupancy_index.files[self.frames]
-        folders = np.char.rpartition(files, b"/")[
-            :, 0
-        ]  # of one file each: their parents are fewer, and quicker to list
+        # each file has a folder of its own, so that their parents are quicker to list
+        folders = np.char.rpartition(files, b"/")[:, 0]
         present = on_disk(self.root, folders)
         if not present.all() and is_synthetic(self.root):
             add_occupancy(self.root)
@@ -155,7 +154,7 @@ class NuScenesDataset(DrivingDataset):
         for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
             image, scales[view] = read(file, *size.tolist())
             images.append(image)
-        clouds = self._read_points(index.frame_lidar[frame])
+        clouds, sweep_origins = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
         if index.lidarseg_files[frame]:
             point_labels = np.zeros(len(points), np.uint8)
@@ -179,6 +178,7 @@ class NuScenesDataset(DrivingDataset):
             cameras=tuple(name.decode() for name in index.cameras) if self.data.cameras else (),
             occupancy=occupancy,
             ego2lidar=ego2lidar,
+            sweep_origins=sweep_origins,
         )
 
     def _views(self, frame):
@@ -201,11 +201,13 @@ class NuScenesDataset(DrivingDataset):
 
     def _read_points(self, key):
         """List of [P, 5], columns as in `Batch.points`: the LiDAR scan in row `key` of the index, then the sweeps
-        before it in its scene, the latest first; all in the LiDAR frame of `key`."""
+        before it in its scene, the latest first; all in the LiDAR frame of `key`. And `Sample.sweep_origins`."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]
+        origins = np.zeros((self.data.sweeps, 4), np.float32)
+        origins[1:, 3] = -1  # no such sweep, unless one is read below
         while len(clouds) < self.data.sweeps and sweep >= 0:
             points = _load_points(self._path(index.lidar_files[sweep]))
             x, y = np.abs(points[:, :2]).T
@@ -213,9 +215,10 @@ class NuScenesDataset(DrivingDataset):
             to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
             points[:, :3] = points[:, :3] @ to_key[:3, :3].T + to_key[:3, 3]
             points[:, 4] = 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
+            origins[len(clouds)] = *to_key[:3, 3], 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
             clouds.append(points)
             sweep = index.lidar_prev[sweep]
-        return clouds
+        return clouds, origins
 
     def _read_labels(self, frame, count):
         """[count] uint8 lidarseg class 0-16 of the keyframe's points."""

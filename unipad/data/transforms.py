@@ -65,9 +65,14 @@ def apply_transform(sample, transform: np.ndarray):
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
     points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]
+    origins = sample.sweep_origins
+    if origins is not None:
+        moved = origins[:, :3] @ transform[:3, :3].T + transform[:3, 3]
+        origins = np.concatenate([moved, origins[:, 3:]], axis=1, dtype=np.float32)
     return replace(
         sample,
         points=points,
+        sweep_origins=origins,
         boxes=transform_boxes(sample.boxes, transform),
         lidar2image=(sample.lidar2image.astype(np.float64) @ inverse).astype(np.float32),
         lidar2camera=(sample.lidar2camera.astype(np.float64) @ inverse).astype(np.float32),

@@ -45,11 +45,15 @@ class Mesh:
 
 @torch.no_grad()
 def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator], stride: int = 1) -> Mesh:
-    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black).
+    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black); without the
+    surface if no loss casts rays.
 
     generators: one per sample, for the masks of the encoder's input.
     stride:     degrees between rendered rays.
     """
+    seen = point_mesh(batch), box_mesh(batch.boxes[: batch.box_counts[0]], TRUTH)
+    if not model.recipe.render.renders:
+        return joined(*seen)
     was_training = model.training
     model.eval()
     volume, _ = model.encode(batch, generators)
@@ -58,7 +62,7 @@ def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generat
     model.train(was_training)
     ends = rays.origins + rays.directions * depth[:, None]
     strip = surface_mesh(ends.cpu().numpy(), columns=-(-PANORAMA[1] // stride))
-    return joined(strip, point_mesh(batch), box_mesh(batch.boxes[: batch.box_counts[0]], TRUTH))
+    return joined(strip, *seen)
 
 
 def detected_scene(batch: Batch, detections: Detections, min_score: float = 0.3) -> Mesh:

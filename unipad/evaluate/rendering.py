@@ -1,4 +1,4 @@
-"""Quality of renderings: PSNR of colors, errors of depths."""
+"""Quality of renderings: PSNR of colors, errors of depths; and of carved occupancy, where it is learned."""
 
 from collections.abc import Iterable
 
@@ -27,15 +27,23 @@ def evaluate_rendering(
 
     Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned),
     depth_abs_rel, depth_rmse (meters), depth_delta1 (fraction of rays within a factor 1.25). LiDAR depth is the truth;
-    a ray that misses the volume counts as black at depth 0. Sums run over all processes.
+    a ray that misses the volume counts as black at depth 0. If no loss casts rays, neither are computed. With the loss
+    `occupancy`, also occupancy_iou_full and occupancy_iou_free: intersection over union of the cells that are full
+    (free) and those predicted so, both without unknown cells. Sums run over all processes.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=device)  # squared color error, pixels, the four `depth_sums`
+    # squared color error, pixels, the four `depth_sums`, the four `Carving.counts`
+    sums = torch.zeros(10, dtype=torch.float64, device=device)
+    renders = model.recipe.render.renders
     for position, batch in batches:
         batch = batch.to(device)
         rngs = generators(seed, step=0, positions=range(position, position + len(batch)), device=device)
         volume, _ = model.encode(batch, rngs if masked else None)
+        if model.carving is not None:
+            sums[6:] += model.carving.counts(volume, batch)
+        if not renders:
+            continue
         batch = batch.keyframe()
         for i in range(len(batch) if model.renders_color(batch) else 0):
             rays = pixel_rays(batch, i, PIXEL_STRIDE)
@@ -44,18 +52,26 @@ def evaluate_rendering(
             sums[1] += len(rays)
         rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, rngs)
         _, depth = model.render(volume, rays)
-        sums[2:] += depth_sums(depth, rays.depth)
+        sums[2:6] += depth_sums(depth, rays.depth)
     model.train(was_training)
     meet()  # frames may differ in the time they take
-    squared_color, pixels, abs_rel, squared_depth, close, ray_count = all_reduce_sum(sums).tolist()
-    if not ray_count:
+    squared_color, pixels, abs_rel, squared_depth, close, ray_count, *cells = all_reduce_sum(sums).tolist()
+    if renders and not ray_count:
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")
-    psnr = {"psnr": -10 * torch.tensor(squared_color / pixels).log10().item()} if pixels else {}
-    return psnr | {
-        "depth_abs_rel": abs_rel / ray_count,
-        "depth_rmse": (squared_depth / ray_count) ** 0.5,
-        "depth_delta1": close / ray_count,
-    }
+    metrics = {"psnr": -10 * torch.tensor(squared_color / pixels).log10().item()} if pixels else {}
+    if renders:
+        metrics |= {
+            "depth_abs_rel": abs_rel / ray_count,
+            "depth_rmse": (squared_depth / ray_count) ** 0.5,
+            "depth_delta1": close / ray_count,
+        }
+    if model.carving is not None:
+        right_full, *wrong, right_free = cells
+        metrics |= {
+            f"occupancy_iou_{name}": right / max(right + sum(wrong), 1)
+            for name, right in (("full", right_full), ("free", right_free))
+        }
+    return metrics
 
 
 def depth_sums(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

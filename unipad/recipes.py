@@ -381,7 +381,7 @@ OCCUPANCY = {
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), flip_x=0.5, flip_y=0.5, shuffle=True),
             lidar=TINY_LIDAR_UNMASKED,
             occupancy=TINY_OCCUPANCY,
-            optim=TINY_OCCUPANCY_OPTIM,
+            optim=replace(TINY_OCCUPANCY_OPTIM, epochs=12),
         ),
         "lidar-0.075": OccupancyRecipe(
             grid=GRID_075,
@@ -399,7 +399,7 @@ OCCUPANCY = {
             camera=TINY_CAMERA_UNMASKED,
             lidar=TINY_LIDAR_UNMASKED,
             occupancy=TINY_OCCUPANCY,
-            optim=TINY_OCCUPANCY_OPTIM,
+            optim=replace(TINY_OCCUPANCY_OPTIM, epochs=7),
         ),
         "fusion-0.075": OccupancyRecipe(
             grid=GRID_075,

@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from triton.backends.compiler import GPUTarget
 
-from unipad.batch import Batch
+from unipad.batch import OCCUPANCY_SHAPE, Batch
+from unipad.config import OccupancyRecipe
 from unipad.kernels import backend
 
 aten = torch.ops.aten
@@ -259,7 +260,7 @@ def make_batch(recipe, scene=0, cameras=6):
     H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))  # padded as by `collate`
     views = cameras * data.camera_sweeps if data.cameras else 0
     points = [25_000 * data.sweeps + 137 * b + 23 * scene for b in range(B)]
-    boxes = [30 + 3 * b + scene for b in range(B)]
+    boxes, voxels = [30 + 3 * b + scene for b in range(B)], isinstance(recipe, OccupancyRecipe)
 
     def on_gpu(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, device=CUDA)
@@ -278,6 +279,8 @@ def make_batch(recipe, scene=0, cameras=6):
         tokens=("",) * B,
         frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
         sweep_origins=on_gpu(B, data.sweeps, 4),
+        occupancy=on_gpu(B, 3, *OCCUPANCY_SHAPE, dtype=torch.uint8) if voxels else None,
+        ego2lidar=on_gpu(B, 4, 4) if voxels else None,
     )
 
 

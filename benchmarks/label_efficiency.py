@@ -2,6 +2,7 @@
 
     python -m benchmarks.label_efficiency --modality lidar               # a synthetic city, a few minutes per run
     python -m benchmarks.label_efficiency --task segment --fractions 0.05 0.2 --seeds 0 1 2 --jobs 2
+    python -m benchmarks.label_efficiency --task occupancy --modality lidar --fractions 0.05 --jobs 2
     python -m benchmarks.label_efficiency --modality lidar --data-root /data/nuscenes --version v1.0-trainval \
         --preset lidar-0.075-ablation --pretrained RUN --arms scratch pretrained --fractions 0.2 --steps 7000 --gpus 4
     python -m benchmarks.label_efficiency --figure docs/label_efficiency.png         # draw all results so far
@@ -42,7 +43,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from unipad.data.synthetic import generate, is_synthetic
+from unipad.data.synthetic import add_occupancy, generate, is_synthetic
 from unipad.errors import UserError
 from unipad.exit import exit_on_user_error
 from unipad.run_folder import commit
@@ -55,13 +56,15 @@ CITY_SIZE = {"scenes": 128, "keyframes": 4}  # 360 keyframes to train on, 48 to 
 METRICS = {
     "detect": {"NDS": ("metrics_summary.json", "nd_score"), "mAP": ("metrics_summary.json", "mean_ap")},
     "segment": {"mIoU": ("segmentation_summary.json", "miou")},
+    "occupancy": {"mIoU": ("occupancy_summary.json", "miou"), "RayIoU": ("occupancy_summary.json", "rayiou")},
 }
+TASKS = {"detect": "detection", "segment": "segmentation", "occupancy": "occupancy"}  # name of each in titles
 TITLES = {"camera": "Camera", "lidar": "LiDAR", "fusion": "Fusion"}
 
 
 @dataclass(frozen=True)
 class Args:
-    task: Literal["detect", "segment"] = "detect"  # task of fine-tuning
+    task: Literal["detect", "segment", "occupancy"] = "detect"  # task of fine-tuning
     modality: Literal["camera", "lidar", "fusion"] = "lidar"  # input of the encoder
     arms: tuple[Arm, ...] = ARMS  # arms to compare
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions: 1/k of the training frames each
@@ -157,7 +160,8 @@ def missing_cases(args, rows):
 
 def variant_folder(out, settings):
     """The folder of the runs of a variant; settings: `Args` or a `Row`."""
-    return out / (settings.modality if settings.task == "detect" else settings.task) / settings.variant
+    kinds = {"detect": settings.modality, "occupancy": f"occupancy-{settings.modality}"}
+    return out / kinds.get(settings.task, settings.task) / settings.variant
 
 
 def run_folder(out, settings, arm, fraction, steps, seed):
@@ -173,6 +177,8 @@ def prepare(args, folder):
     """Generate the city and pre-train, unless this has been done."""
     if args.data_root is None and not is_synthetic(CITY):
         generate(CITY, **CITY_SIZE)
+    if args.data_root is None and args.task == "occupancy" and not (CITY / "gts").exists():
+        add_occupancy(CITY)  # before two runs do
     if args.pretrained is None and any(arm.endswith("pretrained") for arm in args.arms):
         preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
         preset = preset or (None if args.data_root else "tiny")
@@ -365,7 +371,7 @@ def runs_of_several_lengths(rows):
 
 
 def title_of(rows):
-    return TITLES[rows[0].modality] + (" segmentation" if rows[0].task == "segment" else " detection")
+    return f"{TITLES[rows[0].modality]} {TASKS[rows[0].task]}"
 
 
 def draw_lines(axis, rows, x_of, line_of, markers):

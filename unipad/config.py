@@ -300,7 +300,7 @@ class Occupancy:
     # voxels to learn: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene saw; or
     # all, the unseen ones as free
     mask: Literal["camera", "lidar", "none"] = "camera"
-    max_voxels: int = 0  # at most this many of them per sample, drawn anew in each step; 0: all
+    max_voxels: int = 0  # at most this many of them per sample and step, drawn at random, half of them full; 0: all
     cross_entropy_weight: float = 1.0  # weight of the cross-entropy
     lovasz_weight: float = 1.0  # weight of the Lovász softmax loss
 

@@ -347,7 +347,13 @@ SEGMENT = {
 }
 
 # Fine-tuning for occupancy. The paper has none: encoders are those of detection, and so is what moves their inputs; 24
-# epochs are those of SparseOcc and FlashOcc on Occ3D-nuScenes
+# epochs are those of SparseOcc and FlashOcc on Occ3D-nuScenes. The loss of depth bins has a tenth of its weight there:
+# it is ten times the other losses.
+
+
+def _for_occupancy(camera):
+    return replace(camera, depth_weight=0.1 * camera.depth_weight)
+
 
 TINY_OCCUPANCY = Occupancy(max_voxels=20_000)
 TINY_OCCUPANCY_OPTIM = Optim(
@@ -361,7 +367,7 @@ OCCUPANCY = {
             grid=TINY_GRID,
             data=Data(image_size=(128, 224)),
             augment=replace(CAMERA_AUGMENT, grid_mask=0.0),
-            camera=TINY_CAMERA_UNMASKED,
+            camera=_for_occupancy(TINY_CAMERA_UNMASKED),
             occupancy=TINY_OCCUPANCY,
             optim=TINY_OCCUPANCY_OPTIM,
         ),
@@ -369,7 +375,7 @@ OCCUPANCY = {
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=CAMERA_AUGMENT,
-            camera=CAMERA_075_UNMASKED,
+            camera=_for_occupancy(CAMERA_075_UNMASKED),
             optim=Optim(epochs=24),
         ),
         "camera-0.1": OccupancyRecipe(augment=CAMERA_AUGMENT, camera=_unmasked(CameraConfig()), optim=Optim(epochs=24)),
@@ -396,7 +402,7 @@ OCCUPANCY = {
             grid=TINY_GRID,
             data=Data(image_size=(128, 224)),
             augment=replace(CAMERA_AUGMENT, grid_mask=0.0, shuffle=True),
-            camera=TINY_CAMERA_UNMASKED,
+            camera=_for_occupancy(TINY_CAMERA_UNMASKED),
             lidar=TINY_LIDAR_UNMASKED,
             occupancy=TINY_OCCUPANCY,
             optim=replace(TINY_OCCUPANCY_OPTIM, epochs=7),
@@ -405,7 +411,7 @@ OCCUPANCY = {
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=FUSION_AUGMENT,
-            camera=CAMERA_075_UNMASKED,
+            camera=_for_occupancy(CAMERA_075_UNMASKED),
             lidar=LIDAR_UNMASKED,
             optim=replace(FUSION_OPTIM, epochs=24),
         ),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad import config
-from unipad.batch import OCCUPANCY_CELL, OCCUPANCY_LOW, OCCUPANCY_SHAPE, Batch
+from unipad.batch import FREE, OCCUPANCY_CELL, OCCUPANCY_LOW, OCCUPANCY_SHAPE, Batch
 from unipad.kernels.backend import host_wait
 from unipad.kernels.trilinear import trilinear, trilinear_value
 from unipad.model.depth import depth_loss
@@ -45,8 +45,9 @@ class OccupancyModel(nn.Module):
         """
         encoded = self.encoder.encode(batch, generators, masked=False)
         cfg = self.recipe.occupancy
-        sample, voxel, cells = learned_voxels(batch, cfg, self.recipe.grid, generators)
+        sample, voxel, cells, shift = learned_voxels(batch, cfg, self.recipe.grid, generators)
         logits = self.head(encoded.volume, sample, voxel, cells)
+        logits = logits + F.pad(shift[:, None], (FREE, 0))  # free is the last class
         values = losses(cfg, logits, batch.occupancy[:, 0].flatten(1)[sample, voxel].long())
         camera = self.recipe.camera
         if camera is not None and camera.depth_weight > 0:
@@ -141,11 +142,13 @@ def in_cells(voxel: Tensor, ego2lidar: Tensor, grid: config.Grid) -> Tensor:
 
 def learned_voxels(
     batch: Batch, cfg: config.Occupancy, grid: config.Grid, generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The N voxels that a step learns: (sample [N] int64, voxel [N] int64, `in_cells` [N, 3]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The N voxels that a step learns: (sample [N] int64, voxel [N] int64, `in_cells` [N, 3], shift [N] fp32).
 
-    They are those in `cfg.mask`, of these at most `cfg.max_voxels` per sample; without those more than a cell outside
-    of the volume, where augmentation may have moved them.
+    They are those in `cfg.mask`, without those more than a cell outside of the volume, where augmentation may have
+    moved them. At most `cfg.max_voxels` per sample: half of them full, if there are so many, since most are free.
+    `shift`, to be added to the logits of free, corrects for that: the logarithm of the fraction of the free voxels that
+    is drawn over that of the full ones (logit adjustment, arXiv 2007.07314).
     """
     chosen = []
     voxel = all_voxels(batch.occupancy.device)
@@ -156,13 +159,26 @@ def learned_voxels(
             learned &= (at > -1) & (at < size + 1)
         if cfg.mask in MASKS:
             learned &= labels[MASKS[cfg.mask]].flatten() > 0
-        with host_wait("indices of the labeled voxels"):
-            rows = learned.nonzero()[:, 0]
+        shift = 0.0
         if cfg.max_voxels:
-            order = torch.rand(len(rows), generator=generator, device=rows.device).argsort()
-            rows = rows[order[: cfg.max_voxels]]
-        chosen.append((torch.full_like(rows, b), rows, cells[rows]))
+            is_full = labels[0].flatten() != FREE
+            with host_wait("indices of the labeled voxels"):
+                full, free = ((learned & kind).nonzero()[:, 0] for kind in (is_full, ~is_full))
+            some_full = _some(full, max(cfg.max_voxels // 2, cfg.max_voxels - len(free)), generator)
+            some_free = _some(free, cfg.max_voxels - len(some_full), generator)
+            rows = torch.cat([some_full, some_free])
+            if len(some_full) and len(some_free):
+                shift = math.log(len(some_free) / len(free) * len(full) / len(some_full))
+        else:
+            with host_wait("indices of the labeled voxels"):
+                rows = learned.nonzero()[:, 0]
+        chosen.append((torch.full_like(rows, b), rows, cells[rows], torch.full_like(cells[rows, 0], shift)))
     return tuple(torch.cat(parts) for parts in zip(*chosen, strict=True))
+
+
+def _some(rows, most, generator):
+    """At most that many of `rows` [K], drawn at random."""
+    return rows[torch.rand(len(rows), generator=generator, device=rows.device).argsort()[:most]]
 
 
 def losses(cfg: config.Occupancy, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -70,6 +70,7 @@ PARTS = {
     "head": ("detect.Detector.forward", "segment.Segmenter.forward"),
     "losses": (
         "render.Renderer.loss",
+        "carving.Carving.loss",
         "detect.detection_losses",
         "detect.depth_loss",
         "segment.losses",

@@ -27,6 +27,7 @@ CASES = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),
     "fusion": (PRETRAIN["fusion"]["tiny"], 5e-6, 1e-3),
+    "occupancy": (PRETRAIN["lidar"]["tiny-occupancy"], 1e-5, 2e-4),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
 }
 ZERO_GRADIENT = "project.0.bias", "encoder.fuse.0.bias"  # followed by batch norm: their gradients are rounding errors

@@ -10,7 +10,7 @@ from tests.test_rays import make_batch
 from unipad.config import Grid
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.draw.carving import carved_cells
+from unipad.draw.carving import _from_above
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError
 from unipad.evaluate.rendering import evaluate_rendering
@@ -199,7 +199,16 @@ def test_iou_by_hand(batch):
     assert metrics["occupancy_iou_free"] == pytest.approx((free - false) / (known - right))
 
 
-def test_picture_from_above(batch):
+def test_picture_from_above():
+    """Columns of a carved and a predicted state: forward is at the top, the highest full cell gives the color."""
+    state = torch.tensor([[[UNKNOWN, FREE], [FULL, FULL]], [[UNKNOWN, FULL], [FREE, FULL]]]).numpy()  # [Z, Y, X]
+    shown = _from_above(state, Grid((0, 0, 0), (2, 2, 2), (1, 1, 1)), lambda z: z, lambda z: z[..., None].repeat(4, -1))
+    assert shown[..., 0].tolist() == [[0, 1.5], [0.5, 1.5]] and shown[0, 0].tolist() == [0, 0, 0]
+
+
+def test_pictures_have_cells_from_above_below_the_views(batch):
     net, *_ = losses_of(OCCUPANCY, batch)
-    picture = carved_cells(net, batch, None)
-    assert picture.dtype.name == "uint8" and picture.shape[2] == 3 and picture.std() > 10 and net.training
+    plain, *_ = losses_of(TINY, batch)
+    sheet, picture = rendered_views(plain, batch, None), rendered_views(net, batch, None)
+    assert picture.dtype == sheet.dtype and (picture[: len(sheet)] == sheet).all()
+    assert picture[len(sheet) :].std() > 10 and net.training

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.test_rays import make_batch
+from unipad.cli import check_recipe
 from unipad.config import Grid
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
@@ -106,6 +107,12 @@ def test_loss_by_hand():
 def test_the_window_must_be_above_0():
     with pytest.raises(UserError, match=r"--render.occupancy-window 0.0 must be above 0\."):
         replace(OCCUPANCY.render, occupancy_window=0.0)
+
+
+def test_some_loss_must_have_a_weight():
+    with pytest.raises(UserError, match="no loss has a weight above 0"):
+        check_recipe(replace(ALONE, render=replace(ALONE.render, occupancy_weight=0.0)))
+    check_recipe(ALONE)
 
 
 def test_a_batch_without_origins_is_rejected():

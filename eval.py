@@ -192,6 +192,7 @@ def main(args: Args):
             # None keeps all points: --tta may move those outside the grid into it, and segmentation classifies them too
             point_range = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = dataset_type(root, version, split, recipe.data, point_range=point_range)
+            dataset = dataset.with_points_beyond() if recipe.reads_points_beyond else dataset
 
         model = TASKS[task](recipe).to(world.device).eval()
         load_weights(model, saved["model"], args.checkpoint)

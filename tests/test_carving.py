@@ -3,12 +3,13 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.test_rays import make_batch
 from unipad.cli import check_recipe
-from unipad.config import Grid
+from unipad.config import Data, Grid
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.draw.carving import _from_above
@@ -34,9 +35,9 @@ ROW = replace(
 )
 
 
-def row_of_cells(samples, lidars=None, recipe=ROW):
+def row_of_cells(samples, lidars=None, recipe=ROW, **fields):
     """The target as text, `.` unknown, `o` free, `#` full; samples: lists of (x, time lag) of their points; lidars: the
-    sweeps of each sample, (x, time lag), instead of the keyframe's alone."""
+    sweeps of each sample, (x, time lag), instead of the keyframe's alone; fields: others of the batch."""
     points = torch.tensor([[x, 0.0, 0.0, 9.0, lag] for sample in samples for x, lag in sample]).view(-1, 5)
     lidars = lidars or [[(0.0, 0.0)]] * len(samples)
     batch = replace(
@@ -44,6 +45,7 @@ def row_of_cells(samples, lidars=None, recipe=ROW):
         points=points,
         point_counts=torch.tensor([len(sample) for sample in samples]),
         sweep_origins=torch.tensor([[[x, 0.0, 0.0, lag] for x, lag in sweeps] for sweeps in lidars]),
+        **fields,
     )
     state = Carving(recipe).target(batch)
     assert state.dtype == torch.uint8 and state.shape == (len(samples), 1, 1, 10)
@@ -56,6 +58,13 @@ def test_cells_on_the_way_to_points_are_free_and_theirs_full():
         ".#ooo.....",
     ]  # the LiDAR is on a border
     assert row_of_cells([[], [(9.0, 0.0)]]) == ["..........", ".....ooooo"]  # no points; one outside the grid
+
+
+def test_rays_to_points_beyond_the_grid_free_cells():
+    """As `read` keeps them apart, for each sample."""
+    beyond = torch.tensor([[9.0, 0, 0, 0, 0], [-7.0, 0, 0, 0, 0], [8.0, 0, 0, 0, 0]])
+    fields = dict(points_beyond=beyond, beyond_counts=torch.tensor([2, 1]))
+    assert row_of_cells([[(2.5, 0.0)], [(-2.5, 0.0)]], **fields) == ["ooooooo#oo", "..#ooooooo"]
 
 
 def test_points_near_the_lidar_are_not_used():
@@ -121,11 +130,36 @@ def test_a_batch_without_origins_is_rejected():
 
 
 @pytest.fixture(scope="module")
-def batch(city):
+def samples(city):
+    """A scene's first keyframe, which has no sweeps, and the next one."""
+    box, data = (TINY.grid.low, TINY.grid.high), Data(sweeps=3, cameras=False)
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", data, point_range=box).with_points_beyond()
+    return dataset[0], dataset[1]
+
+
+@pytest.fixture(scope="module")
+def batch(samples):
+    return collate(list(samples)).to(CPU)
+
+
+def test_a_dataset_keeps_points_beyond_only_where_a_loss_reads_them(city):
     box = TINY.grid.low, TINY.grid.high
-    data = replace(TINY.data, sweeps=3, cameras=False)
-    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", data, point_range=box)
-    return collate([dataset[0], dataset[1]]).to(CPU)
+    data = Data(sweeps=2, cameras=False)
+    everything = NuScenesDataset(city, "v1.0-mini", "mini_val", data)[1]
+    for recipe in (replace(TINY, data=data), replace(OCCUPANCY, data=data)):
+        for dataset in NuScenesDataset.train_and_val(city, "v1.0-mini", recipe, 1.0, box):
+            assert dataset.keeps_beyond == (recipe.render.occupancy_weight > 0)
+        sample, batch = dataset[1], collate([dataset[1], dataset[0]])  # of the validation set, without augmentation
+        if not dataset.keeps_beyond:
+            assert sample.points_beyond is None and batch.points_beyond is None and batch.beyond_counts is None
+            continue
+        xyz, (low, high) = everything.points[:, :3], np.float32(box)
+        inside = ((xyz > low) & (xyz < high)).all(axis=1)
+        assert (~inside).sum() > 100 and np.array_equal(sample.points, everything.points[inside])
+        assert np.array_equal(sample.points_beyond, everything.points[~inside])
+        assert batch.beyond_counts.tolist() == [len(dataset[i].points_beyond) for i in (1, 0)]
+        assert torch.equal(batch.points_beyond[: len(sample.points_beyond)], torch.from_numpy(sample.points_beyond))
+        assert batch.to("cpu").beyond_counts is batch.beyond_counts  # counts stay on the host
 
 
 def losses_of(recipe, batch):
@@ -144,25 +178,12 @@ def test_other_losses_and_initial_weights_do_not_change(batch):
     assert torch.equal(losses["depth"], expected["depth"]) and torch.equal(missed, with_occupancy)
 
 
-def test_loss_is_the_mean_of_the_samples_losses(batch):
+def test_loss_is_the_mean_of_the_samples_losses(samples, batch):
     """So micro-batches and processes average to the loss of the whole batch."""
     net, volume = Carving(OCCUPANCY), torch.randn(2, OCCUPANCY.render.channels, 6, 64, 64)
-    first = batch.point_counts[0]
-    parts = [(slice(0, first), 0), (slice(first, None), 1)]
-    singles = [
-        net.loss(
-            volume[b : b + 1],
-            replace(
-                batch,
-                points=batch.points[rows],
-                point_counts=batch.point_counts[b : b + 1],
-                sweep_origins=batch.sweep_origins[b : b + 1],
-                tokens=batch.tokens[b : b + 1],
-            ),
-        )
-        for rows, b in parts
-    ]
-    torch.testing.assert_close(net.loss(volume, batch), (singles[0] + singles[1]) / 2)
+    singles = [net.loss(volume[b : b + 1], collate([sample]).to(CPU)) for b, sample in enumerate(samples)]
+    assert abs(singles[0] - singles[1]) > 1e-4
+    torch.testing.assert_close(net.loss(volume, batch), sum(singles) / 2)
 
 
 def test_without_other_losses_no_ray_is_cast(batch, monkeypatch):

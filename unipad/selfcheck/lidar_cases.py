@@ -110,7 +110,7 @@ def voxel_cases(size, recipe):
         ends, lag = points[:, :3].contiguous(), points[:, 4:]
         origins = torch.cat([0 * lag, -6 * lag, 0 * lag], dim=1) if recipe else 2 * ends.roll(1, 0)
         volume_idx = torch.arange(len(ends), device=device).int() % 4 - 1  # -1: not used
-        rank = (2 - 4 * lag).int()
+        rank = (2 - 4 * lag[:, 0]).clamp(min=0).int()
         hit = torch.rand(len(ends), device=device) < 0.9
         return dict(
             origins=origins, ends=ends, volume_idx=volume_idx, low=low, cell=cell, shape=shape, B=3, rank=rank, hit=hit

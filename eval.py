@@ -204,6 +204,7 @@ def main(args: Args):
             dataset = dataset_type(root, version, split, recipe.data, point_range=point_range)
             if task == "occupancy":
                 dataset = dataset.with_occupancy(labels=split != "test")
+            dataset = dataset.with_points_beyond() if recipe.reads_points_beyond else dataset
 
         model = TASKS[task](recipe).to(world.device).eval()
         load_weights(model, saved["model"], args.checkpoint)
@@ -292,6 +293,8 @@ def tta_transforms(args, task):
 
 def render(args, model, dataset, out, world):
     """Render color, depth and normals of some frames: write pictures, next to images and LiDAR points, and metrics."""
+    if args.mesh and not model.recipe.render.renders:
+        raise UserError("--mesh needs a run that learned to render; this one learned occupancy alone: leave it out.")
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
     device, index_of, done = world.device, frames_to_render(args, dataset, world), []

@@ -41,7 +41,6 @@ from unipad.compile import compile_parts, uncompiled
 from unipad.config import PretrainRecipe, UnetConfig
 from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.draw.carving import carved_cells
 from unipad.draw.scene3d import rendered_scene
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_ranges
@@ -193,7 +192,7 @@ def main(args: Args):
             if report_now or save_now:
                 values = progress.checked_means(values, scaler, done)
             if report_now:
-                rays = rays_per_sample(batch.keyframe(), recipe.rays)
+                rays = rays_per_sample(batch.keyframe(), recipe.rays) if recipe.render.renders else 0
                 progress.report(done, values, lr=optim.lr * lr_factor_at(optim, step, steps), rays_per_sample=rays)
             if save_now:
                 run.save(done, parts, metrics)
@@ -245,8 +244,6 @@ def validate(net, val_set, run, args, world, step):
         run.picture("val", rendered_views(net, frame, rngs, args.picture_stride), step)
         rngs = generators(args.seed, step=0, positions=[0], device=world.device)
         run.scene("val", rendered_scene(net, frame, rngs, stride=max(1, args.picture_stride // 2)), step)
-        if net.carving is not None:
-            run.picture("occupancy", carved_cells(net, frame, generators(args.seed, 0, [0], world.device)), step)
     run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
     world.print0(f"step {step}/{run.config['steps']}  held-out frames: {format_metrics(metrics)}")
     return metrics

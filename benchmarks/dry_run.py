@@ -281,6 +281,8 @@ def make_batch(recipe, scene=0, cameras=6):
         sweep_origins=on_gpu(B, data.sweeps, 4),
         occupancy=on_gpu(B, 3, *OCCUPANCY_SHAPE, dtype=torch.uint8) if voxels else None,
         ego2lidar=on_gpu(B, 4, 4) if voxels else None,
+        points_beyond=on_gpu(sum(n // 5 for n in points), 5) if recipe.reads_points_beyond else None,
+        beyond_counts=torch.tensor([n // 5 for n in points]) if recipe.reads_points_beyond else None,
     )
 
 

@@ -80,6 +80,7 @@ class Step:
         data = NuScenesDataset(root, version, split, recipe.data, point_range=box)
         data = data if recipe.reads_pixels else data.without_pixels()
         data = data.with_occupancy() if model is OccupancyModel else data
+        data = data.with_points_beyond() if recipe.reads_points_beyond else data
         self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last frame has sweeps before it
         torch.manual_seed(0)
         with torch.device(DEVICE):

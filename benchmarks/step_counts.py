@@ -71,6 +71,7 @@ PARTS = {
     "head": ("detect.Detector.forward", "segment.Segmenter.forward", "occupancy.OccupancyModel.forward"),
     "losses": (
         "render.Renderer.loss",
+        "carving.Carving.loss",
         "detect.detection_losses",
         "detect.depth_loss",
         "segment.losses",

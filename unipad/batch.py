@@ -96,6 +96,8 @@ class Batch:
     # [B, S, 4] of S LiDAR sweeps, the keyframe's first: x, y, z meters of the LiDAR (LiDAR frame of the keyframe), and
     # the time in seconds that is in its `points`, -1 where a sample has no such sweep; None: not known
     sweep_origins: Tensor | None = None
+    points_beyond: Tensor | None = None  # [Q, 5] as `points`: those outside of the grid; None: no loss reads them
+    beyond_counts: Tensor | None = None  # [B] int64, on the host
     rig: tuple[Tensor, int, bytes] | None = None  # for `calibration`, set by `to`: `lidar2image`, its version and bytes
 
     def __len__(self) -> int:

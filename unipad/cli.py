@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import tyro
 
-from unipad.config import CONVNEXT, Recipe, from_dict
+from unipad.config import CONVNEXT, PretrainRecipe, Recipe, from_dict
 from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
@@ -147,6 +147,8 @@ def check_recipe(recipe: Recipe):
                     raise UserError(f"{flag} {number} must be from 0 to below 1.")
                 if type(number) is float and number < 0 and name not in SIGNED:
                     raise UserError(f"{flag} {number} must not be below 0.")
+    if isinstance(recipe, PretrainRecipe) and not (recipe.render.renders or recipe.render.occupancy_weight):
+        raise UserError("no loss has a weight above 0; give one of them, for example --render.depth-weight 10.")
     if recipe.camera is not None and not recipe.data.cameras:
         raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:

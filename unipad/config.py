@@ -348,6 +348,11 @@ class Recipe:
         """Whether an encoder or a loss reads the pixels of training images."""
         return self.camera is not None
 
+    @property
+    def reads_points_beyond(self) -> bool:
+        """Whether a loss reads the LiDAR points outside of the grid: rays to them free the cells that they cross."""
+        return False
+
 
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
@@ -357,6 +362,10 @@ class PretrainRecipe(Recipe):
     @property
     def reads_pixels(self):
         return super().reads_pixels or self.render.rgb_weight > 0
+
+    @property
+    def reads_points_beyond(self):
+        return self.render.occupancy_weight > 0
 
 
 @dataclass(frozen=True)

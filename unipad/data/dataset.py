@@ -59,6 +59,8 @@ class Sample:
     sweep_origins: [S, 4] float32 of the `Data.sweeps` LiDAR sweeps, the keyframe's first: x, y, z of the LiDAR in
                   LiDAR, and exactly the time lag of its points, -1 for sweeps that do not exist. None: not known, so
                   that the loss `occupancy` cannot be computed.
+    points_beyond: [Q, 5] the points that `DrivingDataset.read` leaves out of `points`, as outside of its `point_range`;
+                  None if no loss reads them.
     """
 
     images: list[np.ndarray]
@@ -74,6 +76,7 @@ class Sample:
     occupancy: np.ndarray | None = None
     ego2lidar: np.ndarray | None = None
     sweep_origins: np.ndarray | None = None
+    points_beyond: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -96,6 +99,7 @@ class DrivingDataset(torch.utils.data.Dataset):
     default_version = ""  # the version without --version
     # False: no loss reads pixels, so `load` may return images of [h, w, 0]; see `without_pixels`.
     pixels = True
+    keeps_beyond = False  # True: `read` fills in `Sample.points_beyond`; see `with_points_beyond`
     # What finetune.py can train and eval.py can score: "detect", "segment", "occupancy". Pre-training needs none. For
     # the first two, metrics are the nuScenes devkit's, so a dataset that names one also needs nuScenes' tables in its
     # root and an attribute `index`, a `unipad.data.index.Index`.
@@ -212,6 +216,8 @@ class DrivingDataset(torch.utils.data.Dataset):
         val_set = cls(root, version, val, recipe.data, point_range=point_range)
         if recipe.camera is not None and not cls.has_images(root, version, train):
             raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
+        if recipe.reads_points_beyond:
+            train_set, val_set = train_set.with_points_beyond(), val_set.with_points_beyond()
         return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
 
     def __len__(self):
@@ -231,7 +237,7 @@ class DrivingDataset(torch.utils.data.Dataset):
             if self.augment is not None:
                 sample = augment_sample(sample, rng, self.augment)
         if self.point_range is not None:
-            sample = _crop_points(sample, *self.point_range)
+            sample = _crop_points(sample, *self.point_range, self.keeps_beyond)
             sample = sample if rng is None else _crop_boxes(sample, *self.point_range)
         return sample
 
@@ -239,6 +245,12 @@ class DrivingDataset(torch.utils.data.Dataset):
         """This dataset for losses that read no pixels: `load` need not open images, only give their sizes, for rays."""
         dataset = copy.copy(self)
         dataset.pixels = False
+        return dataset
+
+    def with_points_beyond(self) -> "DrivingDataset":
+        """This dataset for losses that also read the points outside of `point_range`, in `Sample.points_beyond`."""
+        dataset = copy.copy(self)
+        dataset.keeps_beyond = True
         return dataset
 
     def with_objects(self, objects) -> "DrivingDataset":
@@ -311,6 +323,7 @@ def collate(samples: list[Sample]) -> Batch:
         return None if getattr(samples[0], name) is None else stack(name)
 
     labeled = all(s.point_labels is not None for s in samples)
+    beyond = all(s.points_beyond is not None for s in samples)
     return Batch(
         images=torch.from_numpy(images).permute(0, 1, 4, 2, 3),
         image_sizes=sizes,
@@ -328,16 +341,21 @@ def collate(samples: list[Sample]) -> Batch:
         occupancy=stack_or_none("occupancy"),
         ego2lidar=stack_or_none("ego2lidar"),
         sweep_origins=stack_or_none("sweep_origins"),
+        points_beyond=concatenate("points_beyond") if beyond else None,
+        beyond_counts=torch.tensor([len(s.points_beyond) for s in samples]) if beyond else None,
     )
 
 
-def _crop_points(sample, low, high):
-    """The sample with only the points between the corners `low` and `high`, (x, y, z) meters."""
+def _crop_points(sample, low, high, keep_beyond=False):
+    """The sample with only the points between the corners `low` and `high`, (x, y, z) meters; with `keep_beyond`, the
+    others are its `points_beyond`."""
     points, labels = sample.points, sample.point_labels
     inside = np.ones(len(points), bool)
     # column by column and with `compress`, in a seventh of the time of `all(axis=1)` and points[inside]
     for axis, above, below in zip(points.T, np.float32(low), np.float32(high), strict=False):
         inside &= (axis > above) & (axis < below)
+    if keep_beyond:
+        sample = replace(sample, points_beyond=points.compress(~inside, axis=0))
     points = points.compress(inside, axis=0)
     return replace(sample, points=points, point_labels=None if labels is None else labels[inside])
 

@@ -1,4 +1,4 @@
-"""Free and full cells of the volume from above, carved by LiDAR and predicted. A picture is [H, W, 3] uint8."""
+"""Free and full cells of the volume from above: as LiDAR rays carve them, and as predicted."""
 
 import matplotlib
 import numpy as np
@@ -6,44 +6,40 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from unipad.batch import Batch
-from unipad.draw.views import DPI, picture_of
 from unipad.kernels.carve import FREE, FULL, UNKNOWN
-from unipad.model.pretrain import Pretrain
+from unipad.model.carving import Carving
 
 UNKNOWN_COLOR, FREE_COLOR = (0.0, 0.0, 0.0), (0.75, 0.75, 0.75)
-WIDTH = 420  # pixels of a panel
 
 
 @torch.no_grad()
-def carved_cells(model: Pretrain, batch: Batch, generators: list | None) -> np.ndarray:
+def carved_figure(carving: Carving, volume: Tensor, batch: Batch, width: float, dpi: int) -> Figure:
     """The first sample's cells from above, forward at the top: as LiDAR carves them, as predicted where LiDAR has been,
     and as predicted everywhere. A column of cells has the color of its highest full cell; without one, it is gray if
     one of its cells is free, else black.
 
-    generators: one per sample, for the masks of the encoder's input; None: no masking.
+    volume: [B, C, Z, Y, X] that the model learns occupancy from.
+    width:  inches.
     """
-    was_training = model.training
-    model.eval()
-    volume, _ = model.encode(batch, generators)
-    truth = model.carving.target(batch)[0]
-    predicted = torch.where(model.carving(volume)[0] > 0, FULL, FREE)
-    model.train(was_training)
+    truth = carving.target(batch)[0]
+    predicted = torch.where(carving(volume)[0] > 0, FULL, FREE)
     known = torch.where(truth == UNKNOWN, UNKNOWN, predicted)
-    panels = {"LiDAR": truth, "predicted where known": known, "predicted": predicted}
+    panels = {"cells from above, LiDAR": truth, "predicted where known": known, "predicted": predicted}
 
-    grid = model.recipe.grid
+    grid = carving.recipe.grid
     heights = Normalize(grid.low[2], grid.high[2])
     colors = matplotlib.colormaps["turbo"]
-    figure = Figure(figsize=((len(panels) * WIDTH + 90) / DPI, (WIDTH + 40) / DPI), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, 0.3 * width), dpi=dpi, layout="constrained")
     axes = figure.subplots(1, len(panels))
     for ax, (name, state) in zip(axes, panels.items(), strict=True):
         ax.imshow(_from_above(state.cpu().numpy(), grid, heights, colors), origin="lower", interpolation="nearest")
         ax.set_title(name, fontsize="medium")
         ax.set_axis_off()
-    figure.colorbar(ScalarMappable(heights, colors), ax=axes, label="meters above the LiDAR, highest full cell")
-    return picture_of(figure)
+    figure.colorbar(ScalarMappable(heights, colors), ax=axes, label="highest full cell, meters above LiDAR")
+    return figure
 
 
 def _from_above(state, grid, heights, colors):

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from unipad.batch import Batch
+from unipad.draw.carving import carved_figure
 from unipad.errors import UserError
 from unipad.model.mask import MASK_PATCH
 from unipad.model.pretrain import Pretrain
@@ -34,7 +35,7 @@ def rendered_views(
 ) -> np.ndarray:
     """The batch's first sample in rows: images, their unmasked patches, rendered color, LiDAR depth, unmasked voxels,
     rendered depth and, on request, normals. One column per camera; without cameras, one panorama from the LiDAR. If no
-    loss casts rays, nothing is rendered.
+    loss casts rays, nothing is rendered. Below, with the loss `occupancy`, `carved_figure`.
 
     generators: one per sample, for the masks of the encoder's input; None: no masking.
     stride:     pixels between rendered rays of a camera.
@@ -79,7 +80,10 @@ def rendered_views(
         add("rendered depth", depth, step)
     if renders and normals:
         add("rendered normals", (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0), step)
-    return _sheet(rows, camera_names(batch) if has_images else ["all around the LiDAR"], width)
+    sheet = _sheet(rows, camera_names(batch) if has_images else ["all around the LiDAR"], width)
+    if model.carving is None:
+        return sheet
+    return np.concatenate([sheet, picture_of(carved_figure(model.carving, volume, batch, sheet.shape[1] / DPI, DPI))])
 
 
 def camera_names(batch: Batch) -> Sequence[str]:

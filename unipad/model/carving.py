@@ -50,7 +50,7 @@ class Carving(nn.Module):
             return F.binary_cross_entropy_with_logits(logits, full.float(), weight, reduction="sum")
 
     def target(self, batch: Batch) -> Tensor:
-        """State of every cell, [B, Z, Y, X] uint8 as `carve` returns it; the batch's points may lie outside the grid.
+        """State of every cell, [B, Z, Y, X] uint8 as `carve` returns it.
 
         Points nearer to their LiDAR than `rays.near_radius`, in the ground plane, are not used: they are on the ego
         vehicle. Deterministic; nothing waits for the device. Raises `UserError` if the batch has no `sweep_origins`.
@@ -62,6 +62,9 @@ class Carving(nn.Module):
                 "return Sample.sweep_origins from its `load`."
             )
         sample = torch.arange(len(batch)).repeat_interleave(batch.point_counts)
+        if batch.points_beyond is not None:
+            points = torch.cat([points, batch.points_beyond])
+            sample = torch.cat([sample, torch.arange(len(batch)).repeat_interleave(batch.beyond_counts)])
         sample = sample.to(points.device, non_blocking=True)  # [P]
         of_sweep = lidars[sample, :, 3] == points[:, 4:]  # [P, S]: the sweep with the time of the point
         origins = lidars[sample, of_sweep.byte().argmax(dim=1), :3]

@@ -192,7 +192,7 @@ def main(args: Args):
             if report_now or save_now:
                 values = progress.checked_means(values, scaler, done)
             if report_now:
-                rays = rays_per_sample(batch.keyframe(), recipe.rays)
+                rays = rays_per_sample(batch.keyframe(), recipe.rays) if recipe.render.renders else 0
                 progress.report(done, values, lr=optim.lr * lr_factor_at(optim, step, steps), rays_per_sample=rays)
             if save_now:
                 run.save(done, parts, metrics)

@@ -76,7 +76,7 @@ class Args:
 def find(args):
     """(task/modality/preset, recipe) that the arguments name. Raises `UserError` if none or several have the name."""
     presets, _ = TASKS[args.task]
-    default = {"train": DEFAULT_PRESET["camera"], "finetune": "camera-0.1", "segment": "segment"}[args.task]
+    default = {"train": DEFAULT_PRESET["camera"], "segment": "segment"}.get(args.task, "camera-0.1")
     named = {f"{args.task}/{modality}/{name}": recipe for modality, by_name in presets.items()
              for name, recipe in by_name.items() if args.modality in (None, modality)}  # fmt: skip
     found = [name for name in named if name.endswith(f"/{args.preset or default}")]

@@ -2,6 +2,7 @@
 
     backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, waits of the host for the GPU
     voxelize.py     points -> voxels with the mean of their points; grid sampling: one point of each voxel
+    carve.py        rays -> free and full cells of a grid
     voxel_keys.py   voxels sorted by linear index, their key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
     sparse_outputs.py ... the output voxels of strided and transposed convolutions

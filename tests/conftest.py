@@ -78,6 +78,17 @@ def city(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def labeled(city, tmp_path_factory):
+    """Root of a copy of `city` with occupancy labels, as a run of that task completes it."""
+    from unipad.data.synthetic import add_occupancy
+
+    root = tmp_path_factory.mktemp("labeled") / "city"
+    shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index", "gts"))
+    add_occupancy(root, workers=1)
+    return root
+
+
 @pytest.fixture
 def city_copy(city, tmp_path, own_user_cache):
     """Root of a copy of `city` that the test may modify; no index is cached, in it or in the user's cache folder."""

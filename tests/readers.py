@@ -26,12 +26,12 @@ import eval as evaluation
 import finetune
 import train
 from unipad import convert
-from unipad.batch import CAMERAS, CLASSES, LIDARSEG_CLASSES
+from unipad.batch import CAMERAS, CLASSES, FREE, LIDARSEG_CLASSES
 from unipad.config import Data, Grid, to_dict
 from unipad.data.cutpaste import cut_out, load_objects
 from unipad.data.dataset import BadFrame, collate
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.synthetic import generate, is_synthetic
+from unipad.data.synthetic import add_occupancy, generate, is_synthetic
 from unipad.data.tables import load_camera_sweeps, load_index, load_source_frames
 from unipad.evaluate.segmentation import score_segmentation, write_segmentation
 from unipad.evaluate.submission import score_submission, write_submission
@@ -171,6 +171,22 @@ def read_sources(folder):
     """The cached index of the frames around each keyframe that the photometric loss looks into."""
     readout = Readout()
     readout.add(sources=load_source_frames(folder / "city", VERSION, "mini_val", (-1, 1)))
+
+
+def read_voxels(folder):
+    """The occupancy labels of the frames that have them, and the cached index of their files."""
+    dataset, readout = NuScenesDataset(folder / "city", VERSION, "mini_val", Data()).with_occupancy(), Readout()
+    readout.add(index=dataset.occupancy_index)
+    for i in range(len(dataset)):
+        name = f"frame {dataset.index.tokens[dataset.frames[i]].decode()}"
+        try:
+            sample = dataset[i]
+        except BadFrame as bad:
+            readout.skipped[name] = str(bad)
+            continue
+        readout.add(**{name: sample.occupancy})
+        if sample.occupancy[0].max() > FREE or sample.occupancy[1:].max() > 1:
+            readout.faults.append("violated: voxels have classes and masks")
     return readout
 
 
@@ -381,6 +397,8 @@ KINDS = {
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
     "camera sweeps": Kind("city/unipad-index/*mini_val-camera-sweeps.npz", read_camera_sweeps, checked=True),
     "sources": Kind("city/unipad-index/*mini_val-sources-1+1.npz", read_sources, checked=True),
+    "occupancy labels": Kind("city/gts/scene-0103/*/labels.npz", read_voxels, checked=True),
+    "occupancy index": Kind("city/unipad-index/*mini_val-occupancy.npz", read_voxels, checked=True),
     "objects": Kind("city/unipad-index/*-objects-*", read_objects, checked=True, weight=2),
     # checkpoints, by what a user does with them
     "resumed": Kind("run/checkpoints/last.pt", read_run, "checkpoint", checked=True, weight=2),
@@ -442,7 +460,9 @@ def make_files(folder: Path, city: Path | None):
     table = root / VERSION / "sample_data.json"
     table.write_text(re.sub(r"(samples/CAM_BACK/[^\"]*)\.jpg", r"\1.png", table.read_text()))
     train_set, val_set = (NuScenesDataset(root, VERSION, split, Data()) for split in ("mini_train", "mini_val"))
-    load_camera_sweeps(root, VERSION, "mini_val")  # these three write their caches
+    add_occupancy(root, workers=1)
+    val_set.with_occupancy()  # this and the next three write their caches
+    load_camera_sweeps(root, VERSION, "mini_val")
     load_source_frames(root, VERSION, "mini_val", (-1, 1))
     load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)
 

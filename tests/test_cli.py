@@ -22,7 +22,7 @@ from unipad.cli import ADDED_FLAGS
 from unipad.config import PretrainRecipe, from_dict
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
-from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
+from unipad.recipes import DEFAULT_PRESET, DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 from unipad.run_folder import _check_same_settings, run_config
 
 toy = test_dataset.toy  # a fixture that writes a dataset class, toy_set:Toy, into `tmp_path`
@@ -30,7 +30,7 @@ toy = test_dataset.toy  # a fixture that writes a dataset class, toy_set:Toy, in
 EVERY_PRESET = [
     (train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()
 ]
-for task, table in {"detect": DETECT, "segment": SEGMENT}.items():
+for task, table in {"detect": DETECT, "segment": SEGMENT, "occupancy": OCCUPANCY}.items():
     for m, presets in table.items():
         for p, r in presets.items():
             EVERY_PRESET.append((finetune, ["--task", task, "--modality", m, "--preset", p], r))
@@ -184,12 +184,13 @@ def test_a_config_that_is_not_json_is_rejected(tmp_path):
 
 
 def test_default_presets_exist():
-    for tables in (PRETRAIN, DETECT):
+    for tables in (PRETRAIN, DETECT, OCCUPANCY):
         for modality, presets in tables.items():
             assert DEFAULT_PRESET[modality] in presets and "tiny" in presets
     assert DEFAULT_PRESET["segment"] in SEGMENT["lidar"]
     assert train.parse(["--data-root", "x"]).preset == "camera-0.1" and train.parse([]).preset == "tiny"
     assert finetune.parse(["--data-root", "x", "--task", "segment"]).preset == "segment"
+    assert finetune.parse(["--data-root", "x", "--task", "occupancy"]).preset == "camera-0.1"
 
 
 @pytest.mark.parametrize(
@@ -325,6 +326,7 @@ def test_an_invalid_value_or_flag_is_rejected(script, flags, words, capsys):
         (train, ["--modality", "lidar", "--preset", "segment"]),
         (finetune, ["--modality", "lidar", "--preset", "lidar-0.075"]),
         (finetune, ["--task", "segment"]),
+        (finetune, ["--task", "occupancy"]),
         (evaluation, []),
     ],
     ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else v.__name__,

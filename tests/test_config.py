@@ -12,7 +12,7 @@ from unipad.config import AnyRecipe, Augment, DetectRecipe, Paste, from_dict, to
 from unipad.errors import UserError
 from unipad.kernels import tuning
 from unipad.model.pretrain import Pretrain
-from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 from unipad.run_folder import RunFolder
 from unipad.runtime import World
 
@@ -116,6 +116,9 @@ def test_every_full_size_preset_is_on_the_recipes_page():
     tables = {f"train.py --modality {modality}": presets for modality, presets in PRETRAIN.items()}
     tables |= {f"finetune.py --modality {modality}": presets for modality, presets in DETECT.items()}
     tables |= {"finetune.py --task segment": SEGMENT["lidar"]}
+    tables |= {
+        f"finetune.py --task occupancy --modality {modality}": presets for modality, presets in OCCUPANCY.items()
+    }
     for command, presets in tables.items():
-        for name in presets.keys() - {"tiny", "segment-tiny", "images-tiny", "features-tiny"}:
+        for name in presets.keys() - {"tiny", "segment-tiny", "images-tiny", "features-tiny", "tiny-occupancy"}:
             assert re.search(rf"{command} --preset {re.escape(name)}[` ]", PAGE), (command, name)

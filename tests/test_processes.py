@@ -35,9 +35,13 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
         assert not_zero > 50, "almost all gradients are zero"
 
 
-@pytest.mark.parametrize("case", ["detect", "segment", "pretrain camera", "pretrain lidar", "pretrain fusion"])
+WITHOUT = ["detect", "segment", "occupancy", "pretrain camera", "pretrain lidar", "pretrain fusion"]
+
+
+@pytest.mark.parametrize("case", WITHOUT)
 def test_a_process_without_boxes_or_points_does_not_stop_the_other(case):
-    """Process 1 has no boxes in detection, no points elsewhere. Both end, with equal finite gradients."""
+    """Process 1 has no boxes in detection, no points elsewhere, and no labeled voxels. Both end, with equal finite
+    gradients."""
     done = scripts.run_two(
         "-c", "import sys; from tests import test_processes as t; t.steps_without(sys.argv[1])", case
     )
@@ -48,18 +52,24 @@ def steps_without(case):
     """Two training steps of a tiny model in this process."""
     import torch.distributed as dist
 
+    from unipad.batch import OCCUPANCY_SHAPE
     from unipad.model.detect import Detector
+    from unipad.model.occupancy import OccupancyModel
     from unipad.model.pretrain import Pretrain
     from unipad.model.segment import Segmenter
-    from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+    from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
     from unipad.runtime import generators, start
 
     task, _, modality = case.partition(" ")
-    model = {"detect": Detector, "segment": Segmenter, "pretrain": Pretrain}[task]
-    presets = {"detect": DETECT, "segment": SEGMENT, "pretrain": PRETRAIN}[task]
+    models = {"detect": Detector, "segment": Segmenter, "occupancy": OccupancyModel, "pretrain": Pretrain}
+    model = models[task]
+    presets = {"detect": DETECT, "segment": SEGMENT, "occupancy": OCCUPANCY, "pretrain": PRETRAIN}[task]
     recipe = presets[modality or "lidar"]["tiny"]
     with start("cpu", deterministic=False) as world:
         batch = small_batch(points=0 if world.rank and task != "detect" else 2000, boxes=0 if world.rank else 3)
+        if task == "occupancy":
+            voxels = torch.full((len(batch), 3, *OCCUPANCY_SHAPE), 1 - world.rank, dtype=torch.uint8)
+            batch = replace(batch, occupancy=voxels, ego2lidar=torch.eye(4).expand(len(batch), 4, 4))
         torch.manual_seed(0)
         net = torch.nn.parallel.DistributedDataParallel(model(recipe))
         for step in range(2):

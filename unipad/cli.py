@@ -27,7 +27,7 @@ A = TypeVar("A")
 # class and an IoU.
 # Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
-MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "sweeps", "feature_channels"}
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "sweeps", "feature_channels", "max_voxels"}
 SIGNED = {"low", "high", "center_low", "center_high", "variance", "sources"}  # may be negative; all others may not
 UP_TO_1 = {  # floats from 0 to 1
     "flip_x",
@@ -147,6 +147,8 @@ def check_recipe(recipe: Recipe):
                     raise UserError(f"{flag} {number} must be from 0 to below 1.")
                 if type(number) is float and number < 0 and name not in SIGNED:
                     raise UserError(f"{flag} {number} must not be below 0.")
+    if isinstance(recipe, PretrainRecipe) and not (recipe.render.renders or recipe.render.occupancy_weight):
+        raise UserError("no loss has a weight above 0; give one of them, for example --render.depth-weight 10.")
     if recipe.camera is not None and not recipe.data.cameras:
         raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
@@ -184,7 +186,9 @@ def _check_supervision(recipe):
         raise UserError(
             "--data.features needs rays through the cameras' pixels: --data.no-cameras does not work with it."
         )
-    lidar_losses = {name: getattr(render, f"{name}_weight") for name in ("depth", "free_space", "sdf", "points")}
+    lidar_losses = {
+        name: getattr(render, f"{name}_weight") for name in ("depth", "free_space", "sdf", "points", "occupancy")
+    }
     if not data.sweeps and (used := [name for name, weight in lidar_losses.items() if weight > 0]):
         flags = " ".join(f"--render.{name.replace('_', '-')}-weight 0" for name in used)
         raise UserError(f"--data.sweeps 0 reads no LiDAR, which some losses compare with: turn them off with {flags}.")

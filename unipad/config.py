@@ -256,6 +256,18 @@ class Render:
     photometric_weight: float = 0.0  # weight of the loss of colors in other camera frames, at the rendered depth
     features_weight: float = 0.0  # weight of the loss of image features, which --data.features names
     features_loss: Literal["cosine", "l1"] = "cosine"  # features: 1 - cosine similarity, or L1 of every channel
+    occupancy_weight: float = 0.0  # weight of the loss of free and full cells, as the LiDAR's rays carve them
+    occupancy_window: float = 0.2  # seconds: in a cell, rays of the last ones decide, then those of earlier ones, ...
+
+    def __post_init__(self):
+        if not self.occupancy_window > 0:
+            raise UserError(f"--render.occupancy-window {self.occupancy_window} must be above 0.")
+
+    @property
+    def renders(self) -> bool:
+        """Whether a loss compares renderings; `occupancy` reads the volume itself."""
+        weights = {f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")} - {"occupancy_weight"}
+        return any(getattr(self, name) > 0 for name in weights)
 
 
 @dataclass(frozen=True)
@@ -303,6 +315,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Occupancy:
+    """Occupancy head: a small MLP on the volume's features at the center of each voxel, and its losses."""
+
+    classes: int = 18  # Occ3D's classes: 0 to 16, and 17, free
+    channels: int = 32  # channels of the volume that the head reads
+    hidden: int = 64  # width of the MLP
+    # voxels to learn: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene saw; or
+    # all, the unseen ones as free
+    mask: Literal["camera", "lidar", "none"] = "camera"
+    max_voxels: int = 0  # at most this many of them per sample and step, drawn at random, half of them full; 0: all
+    cross_entropy_weight: float = 1.0  # weight of the cross-entropy
+    lovasz_weight: float = 1.0  # weight of the Lovász softmax loss
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW and its schedule.
 
@@ -345,6 +372,11 @@ class Recipe:
         """Whether an encoder or a loss reads the pixels of training images."""
         return self.camera is not None
 
+    @property
+    def reads_points_beyond(self) -> bool:
+        """Whether a loss reads the LiDAR points outside of the grid: rays to them free the cells that they cross."""
+        return False
+
 
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
@@ -354,6 +386,10 @@ class PretrainRecipe(Recipe):
     @property
     def reads_pixels(self):
         return super().reads_pixels or self.render.rgb_weight > 0 or self.render.photometric_weight > 0
+
+    @property
+    def reads_points_beyond(self):
+        return self.render.occupancy_weight > 0
 
 
 @dataclass(frozen=True)
@@ -373,7 +409,12 @@ class SegmentRecipe(FinetuneRecipe):
     segment: Segment = field(default_factory=Segment)
 
 
-AnyRecipe = PretrainRecipe | DetectRecipe | SegmentRecipe
+@dataclass(frozen=True)
+class OccupancyRecipe(FinetuneRecipe):
+    occupancy: Occupancy = field(default_factory=Occupancy)
+
+
+AnyRecipe = PretrainRecipe | DetectRecipe | SegmentRecipe | OccupancyRecipe
 
 # ConvNeXt sizes: (blocks per stage, channels per stage)
 CONVNEXT = {

@@ -29,6 +29,7 @@ from unipad.config import (
     Detect,
     DetectRecipe,
     LidarConfig,
+    OccupancyRecipe,
     PretrainRecipe,
     Recipe,
     SegmentRecipe,
@@ -38,6 +39,7 @@ from unipad.errors import UserError, check_choices
 from unipad.exit import exit_on_user_error
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
@@ -256,8 +258,14 @@ def _convnext_sizes(state):
 
 def _targets(recipe):
     """{name: meta tensor} of all weights of a recipe's model."""
+    models = {
+        PretrainRecipe: Pretrain,
+        DetectRecipe: Detector,
+        SegmentRecipe: Segmenter,
+        OccupancyRecipe: OccupancyModel,
+    }
     with torch.device("meta"):
-        net = {DetectRecipe: Detector, PretrainRecipe: Pretrain, SegmentRecipe: Segmenter}[type(recipe)](recipe)
+        net = models[type(recipe)](recipe)
     return net.state_dict()
 
 

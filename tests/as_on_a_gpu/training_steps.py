@@ -29,6 +29,7 @@ CASES = {
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),
     "fusion": (PRETRAIN["fusion"]["tiny"], 5e-6, 1e-3),
     "camera with features": (PRETRAIN["camera"]["features-tiny"], 2e-5, 5e-3),
+    "occupancy": (PRETRAIN["lidar"]["tiny-occupancy"], 1e-5, 2e-4),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
 }
 ZERO_GRADIENT = "project.0.bias", "encoder.fuse.0.bias"  # followed by batch norm: their gradients are rounding errors
@@ -71,7 +72,9 @@ def test_a_step_matches_the_cpu(name, city):
     recipe, loss_bound, gradient_bound = CASES[name]
     recipe = small(recipe)
     box = recipe.grid.low, recipe.grid.high
-    batch, _ = next(step_batches(NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box), 1))
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box)
+    dataset = dataset.with_points_beyond() if recipe.reads_points_beyond else dataset
+    batch, _ = next(step_batches(dataset, 1))
     torch.manual_seed(0)
     net = Pretrain(recipe)
     with launches() as cpu_launches:

@@ -81,6 +81,14 @@ REJECTED = [
         ([("voxelize", dict(low=(0.0, 0.0)))], "triples"),
         ([("voxelize", dict(cell=(0.5, 0.0, 0.5)))], "size above 0"),
         ([("voxelize", dict(max_points=0))], "max_points"),
+        ([("carve", dict(ends=lambda t: t[:1]))], r"\(300, 3\), \(1, 3\), \(300,\), \(300,\), \(300,\)\] do not match"),
+        ([("carve", dict(rank=lambda t: t[:1]))], r"\(1,\), \(300,\)\] do not match"),
+        ([("carve", dict(origins=lambda t: t.double()))], "float32, not torch.float64"),
+        ([("carve", dict(volume_idx=lambda t: t.long()))], "int32"),
+        ([("carve", dict(hit=lambda t: t.int()))], "hit is bool"),
+        ([("carve", dict(cell=(0.5, 0.0, 0.5)))], "size above 0"),
+        ([("carve", dict(shape=(8, 8)))], "triples"),
+        ([("carve", dict(B=0))], "at least 1 volume"),
     ]
     for call in calls
 ]

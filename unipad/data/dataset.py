@@ -63,6 +63,13 @@ class Sample:
     lidar2source:  [M, 4, 4] float32 LiDAR of the keyframe -> as `lidar2image`.
     features:     for each image of the keyframe, [h, w, F] float16 or float32 features of h x w equal parts of it, for
                   the loss `features`; 0 in all channels means none. None unless `Data.features` names their folder.
+    occupancy:    [3, X, Y, Z] uint8 as in `Batch`; None without these labels.
+    ego2lidar:    [4, 4] float32 ego frame of the voxels -> LiDAR; None where no task needs it.
+    sweep_origins: [S, 4] float32 of the `Data.sweeps` LiDAR sweeps, the keyframe's first: x, y, z of the LiDAR in
+                  LiDAR, and exactly the time lag of its points, -1 for sweeps that do not exist. None: not known, so
+                  that the loss `occupancy` cannot be computed.
+    points_beyond: [Q, 5] the points that `DrivingDataset.read` leaves out of `points`, as outside of its `point_range`;
+                  None if no loss reads them.
     """
 
     images: list[np.ndarray]
@@ -78,6 +85,10 @@ class Sample:
     source_images: list[np.ndarray] | None = None
     lidar2source: np.ndarray | None = None
     features: list[np.ndarray] | None = None
+    occupancy: np.ndarray | None = None
+    ego2lidar: np.ndarray | None = None
+    sweep_origins: np.ndarray | None = None
+    points_beyond: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -100,9 +111,10 @@ class DrivingDataset(torch.utils.data.Dataset):
     default_version = ""  # the version without --version
     # False: no loss reads pixels, so `load` may return images of [h, w, 0]; see `without_pixels`.
     pixels = True
-    # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. Metrics are the
-    # nuScenes devkit's, so a dataset that names a task also needs nuScenes' tables in its root and an attribute
-    # `index`, a `unipad.data.index.Index`.
+    keeps_beyond = False  # True: `read` fills in `Sample.points_beyond`; see `with_points_beyond`
+    # What finetune.py can train and eval.py can score: "detect", "segment", "occupancy". Pre-training needs none. For
+    # the first two, metrics are the nuScenes devkit's, so a dataset that names one also needs nuScenes' tables in its
+    # root and an attribute `index`, a `unipad.data.index.Index`.
     tasks: tuple[str, ...] = ()
 
     def __init__(
@@ -185,6 +197,15 @@ class DrivingDataset(torch.utils.data.Dataset):
         """Raise `DataError` unless every frame has `point_labels`."""
         raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")
 
+    def with_occupancy(self, labels: bool = True) -> "DrivingDataset":
+        """This dataset with `ego2lidar` and, if `labels`, `occupancy` in its samples: only frames that have these
+        labels remain. Raises `DataError` if there are none."""
+        raise DataError(f"{self.root / self.version} has no occupancy labels.")
+
+    def lidar_origins(self) -> dict[str, np.ndarray]:
+        """{token: [K, 3] meters in its ego frame} of the frames `with_occupancy`: where the rays of RayIoU start."""
+        raise DataError(f"{self.root / self.version} has no LiDAR poses.")
+
     # The same for every dataset
 
     @classmethod
@@ -214,6 +235,8 @@ class DrivingDataset(torch.utils.data.Dataset):
         val_set = cls(root, version, val, val_data, point_range=point_range)
         if recipe.camera is not None and not cls.has_images(root, version, train):
             raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
+        if recipe.reads_points_beyond:
+            train_set, val_set = train_set.with_points_beyond(), val_set.with_points_beyond()
         return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
 
     @classmethod
@@ -240,7 +263,7 @@ class DrivingDataset(torch.utils.data.Dataset):
             if self.augment is not None:
                 sample = augment_sample(sample, rng, self.augment)
         if self.point_range is not None:
-            sample = _crop_points(sample, *self.point_range)
+            sample = _crop_points(sample, *self.point_range, self.keeps_beyond)
             sample = sample if rng is None else _crop_boxes(sample, *self.point_range)
         return sample
 
@@ -268,6 +291,12 @@ class DrivingDataset(torch.utils.data.Dataset):
                 )
             return replace(self.data, feature_channels=features[0].shape[2])
         raise DataError(f"{first_bad}.")
+
+    def with_points_beyond(self) -> "DrivingDataset":
+        """This dataset for losses that also read the points outside of `point_range`, in `Sample.points_beyond`."""
+        dataset = copy.copy(self)
+        dataset.keeps_beyond = True
+        return dataset
 
     def with_objects(self, objects) -> "DrivingDataset":
         """This dataset with a `cutpaste.Objects` from which `read` pastes objects into samples."""
@@ -331,7 +360,12 @@ def collate(samples: list[Sample]) -> Batch:
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
 
     features, feature_sizes = _collated_features(samples)
+
+    def stack_or_none(name):
+        return None if getattr(samples[0], name) is None else stack(name)
+
     labeled = all(s.point_labels is not None for s in samples)
+    beyond = all(s.points_beyond is not None for s in samples)
     return Batch(
         images=images,
         image_sizes=sizes,
@@ -344,13 +378,18 @@ def collate(samples: list[Sample]) -> Batch:
         box_counts=torch.tensor([len(s.boxes) for s in samples]),
         point_labels=concatenate("point_labels") if labeled else None,
         tokens=tuple(s.token for s in samples),
-        frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
+        frame_lags=stack_or_none("frame_lags"),
         cameras=samples[0].cameras,
         source_images=source_images,
         source_sizes=source_sizes,
         lidar2source=None if source_images is None else stack("lidar2source"),
         features=features,
         feature_sizes=feature_sizes,
+        occupancy=stack_or_none("occupancy"),
+        ego2lidar=stack_or_none("ego2lidar"),
+        sweep_origins=stack_or_none("sweep_origins"),
+        points_beyond=concatenate("points_beyond") if beyond else None,
+        beyond_counts=torch.tensor([len(s.points_beyond) for s in samples]) if beyond else None,
     )
 
 
@@ -381,13 +420,16 @@ def _collated_features(samples):
     return torch.from_numpy(features).unflatten(0, (len(samples), -1)), sizes.unflatten(0, (len(samples), -1))
 
 
-def _crop_points(sample, low, high):
-    """The sample with only the points between the corners `low` and `high`, (x, y, z) meters."""
+def _crop_points(sample, low, high, keep_beyond=False):
+    """The sample with only the points between the corners `low` and `high`, (x, y, z) meters; with `keep_beyond`, the
+    others are its `points_beyond`."""
     points, labels = sample.points, sample.point_labels
     inside = np.ones(len(points), bool)
     # column by column and with `compress`, in a seventh of the time of `all(axis=1)` and points[inside]
     for axis, above, below in zip(points.T, np.float32(low), np.float32(high), strict=False):
         inside &= (axis > above) & (axis < below)
+    if keep_beyond:
+        sample = replace(sample, points_beyond=points.compress(~inside, axis=0))
     points = points.compress(inside, axis=0)
     return replace(sample, points=points, point_labels=None if labels is None else labels[inside])
 

@@ -1,4 +1,4 @@
-"""nuScenes tables, opened by the devkit -> `Index` and `CameraSweeps`: what samples need, as flat arrays.
+"""nuScenes tables, opened by the devkit -> `Index`, `CameraSweeps` and `OccupancyIndex`: what samples need, as arrays.
 
 Data loading workers keep only these arrays: no devkit, no Python objects to copy.
 """
@@ -22,6 +22,7 @@ MAX_SPEED = 200.0  # m/s: an object that is faster along x or y counts as one of
 # unless it got from there to here at less than `MAX_SPEED`
 MAX_OFFSET = 200.0
 MAX_GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
+MAX_ORIGINS, ORIGIN_RANGE = 8, 39.0  # SparseOcc's: origins per keyframe, and meters in x and y that they are within
 FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
 
 
@@ -85,6 +86,20 @@ class SourceFrames:
     image_sizes: np.ndarray  # [F, M, 2] int64 as in `Index`
     intrinsics: np.ndarray  # [F, M, 4, 4] float32 as in `Index`
     lidar2camera: np.ndarray  # [F, M, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
+
+
+@dataclass(frozen=True)
+class OccupancyIndex:
+    """What occupancy needs of each keyframe besides the `Index`: a separate index, since only this task needs it.
+
+    F keyframes in the order of the `Index`. The ego frame is that of the keyframe's LiDAR at its own timestamp.
+    """
+
+    files: np.ndarray  # [F] labels, as Occ3D-nuScenes names them: gts/<scene>/<sample token>/labels.npz
+    ego2lidar: np.ndarray  # [F, 4, 4]
+    # LiDAR's positions at keyframes of the scene, in this keyframe's ego frame: where SparseOcc (arXiv 2312.17118)
+    # starts its rays; NaN after the last
+    origins: np.ndarray  # [F, MAX_ORIGINS, 3] float32 meters
 
 
 def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
@@ -201,6 +216,28 @@ def build_camera_sweeps(nusc, split: str, scenes: set[str], verbose: bool) -> Ca
         **{k: array.astype(np.float32) if array.dtype == np.float64 else array for k, array in images.items()},
         numbers=np.array(numbers, np.int64).reshape(shape[:2]),
         lags=(1e-6 * np.array(lags).reshape(shape[:2])).astype(np.float32),
+    )
+
+
+def build_occupancy(nusc, split: str, scenes: set[str], verbose: bool) -> OccupancyIndex:
+    """The occupancy index of a split from the tables; arguments and errors as `build_index`."""
+    samples = _samples(nusc, scenes)
+    lidar = [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples]
+    lidar2global = _sensor2global(nusc, lidar)
+    lidar2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in lidar])
+    names = [nusc.get("scene", s["scene_token"])["name"] for s in samples]
+    origins = np.full((len(samples), MAX_ORIGINS, 3), np.nan, np.float32)
+    for f, name in enumerate(names):
+        of_scene = lidar2global[[other == name for other in names], :, 3]  # [K, 4], in the order of time
+        here = (of_scene @ (lidar2ego[f] @ np.linalg.inv(lidar2global[f])).T)[:, :3]
+        here = here[(np.abs(here[:, :2]) < ORIGIN_RANGE).all(axis=1)]
+        if len(here) > MAX_ORIGINS:
+            here = here[np.round(np.linspace(0, len(here) - 1, MAX_ORIGINS)).astype(int)]
+        origins[f, : len(here)] = here
+    return OccupancyIndex(
+        files=_text(f"gts/{name}/{s['token']}/labels.npz" for name, s in zip(names, samples, strict=True)),
+        ego2lidar=np.linalg.inv(lidar2ego),
+        origins=origins,
     )
 
 

@@ -14,6 +14,7 @@ Unlike in the original: the latest sweeps before the keyframe are taken (in the 
 and a scene's first keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
 """
 
+import copy
 import hashlib
 import io
 import os
@@ -29,12 +30,14 @@ from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.features import feature_files, read_features
 from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
+from unipad.data.occupancy import read_occupancy
 from unipad.data.splits import splits_of
-from unipad.data.synthetic import ensure_city
+from unipad.data.synthetic import add_occupancy, ensure_city, is_synthetic
 from unipad.data.tables import (
     find_root,
     load_camera_sweeps,
     load_index,
+    load_occupancy,
     load_source_frames,
     samples_of_scenes,
     tables_state,
@@ -55,7 +58,7 @@ class NuScenesDataset(DrivingDataset):
     """
 
     default_version = "v1.0-mini"
-    tasks = ("detect", "segment")
+    tasks = ("detect", "segment", "occupancy")
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class NuScenesDataset(DrivingDataset):
     ):
         root = find_root(root, version)
         self.index, self.camera_sweep_index = load_index(root, version, split), None
+        self.occupancy_index, self.occupancy_labels = None, False  # see `with_occupancy`
         if data.cameras and data.camera_sweeps > 1:  # `Data` counts the keyframe as a sweep
             self.camera_sweep_index = load_camera_sweeps(root, version, split)
         self.source_index = load_source_frames(root, version, split, data.sources) if data.sources else None
@@ -129,6 +133,34 @@ class NuScenesDataset(DrivingDataset):
             where = f"{self.root / self.version} {self.split}"
             raise DataError(f"{where} has frames without lidarseg labels; unpack nuScenes-lidarseg in {self.root}.")
 
+    def with_occupancy(self, labels=True):
+        """This dataset with occupancy labels. Those of a synthetic city without any are made first."""
+        dataset = copy.copy(self)
+        dataset.occupancy_index, dataset.occupancy_labels = load_occupancy(self.root, self.version, self.split), labels
+        if not labels:
+            return dataset
+        files = dataset.occupancy_index.files[self.frames]
+        # each file has a folder of its own, so that their parents are quicker to list
+        folders = np.char.rpartition(files, b"/")[:, 0]
+        present = on_disk(self.root, folders)
+        if not present.all() and is_synthetic(self.root):
+            add_occupancy(self.root)
+            present = on_disk(self.root, folders)
+        if not present.any():
+            raise DataError(
+                f"{self.root} has no occupancy labels, such as {files[0].decode()}; unpack gts of Occ3D-nuScenes there."
+            )
+        if not present.all():
+            where, missing = f"{self.root / self.version} {self.split}", files[~present]
+            _report(f"{where}: {len(missing)} frames are left out; without labels, such as {missing[0].decode()}")
+        dataset.frames = self.frames[present]
+        return dataset
+
+    def lidar_origins(self):
+        tokens, origins = self.index.tokens, self.occupancy_index.origins
+        pairs = zip(tokens, origins, strict=True)
+        return {token.decode(): of_frame[~np.isnan(of_frame[:, 0])] for token, of_frame in pairs}
+
     def load(self, frame):
         index = self.index
         images, lidar2camera, lidar2image = self._read_views(*self._views(frame))
@@ -136,12 +168,17 @@ class NuScenesDataset(DrivingDataset):
         if self.source_index is not None:
             views = (getattr(self.source_index, name)[frame] for name in VIEW_FIELDS)
             source_images, _, lidar2source = self._read_views(*views)
-        clouds = self._read_points(index.frame_lidar[frame])
+        clouds, sweep_origins = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
         if index.lidarseg_files[frame] and self.data.sweeps:
             point_labels = np.zeros(len(points), np.uint8)
             point_labels[: len(clouds[0])] = self._read_labels(frame, len(clouds[0]))
         b = slice(*index.box_offsets[frame : frame + 2])
+        occupancy, ego2lidar = None, None
+        if self.occupancy_index is not None:
+            ego2lidar = self.occupancy_index.ego2lidar[frame].astype(np.float32)
+            if self.occupancy_labels:
+                occupancy = read_occupancy(self._path(self.occupancy_index.files[frame]))
         return Sample(
             images=images,
             lidar2image=lidar2image,
@@ -156,6 +193,9 @@ class NuScenesDataset(DrivingDataset):
             source_images=source_images,
             lidar2source=lidar2source,
             features=self._read_features(frame),
+            occupancy=occupancy,
+            ego2lidar=ego2lidar,
+            sweep_origins=sweep_origins,
         )
 
     def _read_features(self, frame):
@@ -214,13 +254,16 @@ class NuScenesDataset(DrivingDataset):
 
     def _read_points(self, key):
         """List of [P, 5], columns as in `Batch.points`: the LiDAR scan in row `key` of the index, then the sweeps
-        before it in its scene, the latest first; all in the LiDAR frame of `key`. No file is read for 0 sweeps."""
+        before it in its scene, the latest first; all in the LiDAR frame of `key`. No file is read for 0 sweeps. And
+        `Sample.sweep_origins`."""
         index = self.index
         if not self.data.sweeps:
             return [np.empty((0, 5), np.float32)]
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]
+        origins = np.zeros((self.data.sweeps, 4), np.float32)
+        origins[1:, 3] = -1  # no such sweep, unless one is read below
         while len(clouds) < self.data.sweeps and sweep >= 0:
             points = _load_points(self._path(index.lidar_files[sweep]))
             x, y = np.abs(points[:, :2]).T
@@ -228,9 +271,10 @@ class NuScenesDataset(DrivingDataset):
             to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
             points[:, :3] = points[:, :3] @ to_key[:3, :3].T + to_key[:3, 3]
             points[:, 4] = 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
+            origins[len(clouds)] = *to_key[:3, 3], 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
             clouds.append(points)
             sweep = index.lidar_prev[sweep]
-        return clouds
+        return clouds, origins
 
     def _read_labels(self, frame, count):
         """[count] uint8 lidarseg class 0-16 of the keyframe's points."""

@@ -3,12 +3,14 @@
     python -m unipad.data.synthetic --out data/synthetic                      # 10 scenes of 4.5 seconds
     python -m unipad.data.synthetic --out data/full --image-size 900 1600     # the real resolution
     python -m unipad.data.synthetic --out data/sweeps --camera-sweeps 2       # images between the keyframes too
+    python -m unipad.data.synthetic --out data/voxels --occupancy             # occupancy labels, in Occ3D's format
 
 Up to 10 scenes have the version and scene names of nuScenes mini, so that every tool knows their splits; more have the
 version `city` and a splits.json of their own. The vehicle and location of the logs, the descriptions of the scenes and
 a README.txt in the root say that the data is synthetic. unipad/data/city/ computes what is written.
 """
 
+import ast
 import contextlib
 import io
 import json
@@ -38,6 +40,7 @@ from unipad.data.city.records import (
     labels_file,
     make_tables,
     map_file,
+    occupancy_file,
     scene_names,
     scene_number,
     scene_of,
@@ -90,6 +93,8 @@ class Args:
     features: int = 0
     """Channels of image features for the keyframes, in OUT/features, 0 to 1024: each class has a random vector, and a
     square of 4 x 4 pixels the mean of its pixels' vectors."""
+    occupancy: bool = False
+    """Write occupancy labels too; `finetune.py --task occupancy` adds them to a city that has none."""
 
 
 class SettingError(UserError):
@@ -107,6 +112,7 @@ def generate(
     sweeps=9,
     camera_sweeps=0,
     features=0,
+    occupancy=False,
     progress=True,
 ):
     """Write a synthetic dataset and return its root.
@@ -127,6 +133,7 @@ def generate(
         sweeps,
         camera_sweeps,
         features,
+        occupancy,
     )
     _check(args)
     root = args.out.resolve()
@@ -169,6 +176,30 @@ def ensure_city(camera_sweeps=0, with_features=False):
     return root
 
 
+def add_occupancy(root, workers=None):
+    """Write the occupancy labels that a synthetic city lacks; its other files stay as they are.
+
+    workers: processes, as in `Args`. Raises SettingError if README.txt does not say how the city was made, or the files
+    cannot be written.
+    """
+    settings = {}
+    try:
+        for line in (root / "README.txt").read_text().splitlines():
+            name, _, value = line.partition(": ")
+            if name in Args.__dataclass_fields__:
+                settings[name] = ast.literal_eval(value)
+        args = Args(out=root, workers=workers, **settings)
+        _check(args)
+        (root / "gts").mkdir(exist_ok=True)
+    except (OSError, ValueError, TypeError, SyntaxError, SettingError) as error:
+        raise SettingError(
+            f"occupancy labels cannot be added to the synthetic city in {root} ({error}); generate it again with "
+            f"python -m unipad.data.synthetic --out {root} --occupancy."
+        ) from None
+    print(f"making occupancy labels of the synthetic city in {root}, once", flush=True)
+    _write_occupancy(args, root, progress=True)
+
+
 def _check(args):
     limits = {
         "scenes": (2, 1000),
@@ -201,10 +232,7 @@ def _write(args, root, progress):
     for folder in (*folders, "maps", version, f"lidarseg/{version}"):
         (root / folder).mkdir(parents=True)
     names = scene_names(args)
-    tasks = [(args, root, name, k) for name in names for k in range(args.keyframes)]
-    workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
-    with tqdm(total=len(tasks), desc="synthetic city", unit="keyframe", disable=not progress) as bar:
-        results = _render_all(tasks, workers, bar.update)
+    results = _of_keyframes(_render, args, root, "synthetic city", progress)
     censuses = {name: results[i * args.keyframes : (i + 1) * args.keyframes] for i, name in enumerate(names)}
     for name, records in make_tables(args, censuses).items():
         (root / version / f"{name}.json").write_text(json.dumps(records, indent=0))
@@ -212,14 +240,29 @@ def _write(args, root, progress):
         (root / version / "splits.json").write_text(json.dumps(splits_of(args), indent=0))
     for district in districts_of(args):
         _draw_map(args, root, district)
-    settings = "\n".join(f"{name}: {value}" for name, value in vars(args).items() if name not in ("out", "workers"))
+    without = ("out", "workers", "occupancy")  # the last: labels can be added later, and no file changes then
+    settings = "\n".join(f"{name}: {value}" for name, value in vars(args).items() if name not in without)
     (root / "README.txt").write_text(README.format(settings=settings))
+    if args.occupancy:
+        _write_occupancy(args, root, progress)
 
 
-def _render_all(tasks, workers, done):
-    """The results of `_render` for all tasks, in their order; calls `done` after each.
+def _write_occupancy(args, root, progress):
+    _of_keyframes(_label, args, root, "occupancy labels", progress)
 
-    If a worker dies, as when memory is short, rendering continues with half as many, and finally in this process.
+
+def _of_keyframes(work, args, root, title, progress):
+    """The results of `work` for all keyframes, scene by scene, from several processes."""
+    tasks = [(args, root, name, k) for name in scene_names(args) for k in range(args.keyframes)]
+    workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
+    with tqdm(total=len(tasks), desc=title, unit="keyframe", disable=not progress) as bar:
+        return _run_all(work, tasks, workers, bar.update)
+
+
+def _run_all(work, tasks, workers, done):
+    """The results of `work` for all tasks, in their order; calls `done` after each.
+
+    If a worker dies, as when memory is short, the work continues with half as many, and finally in this process.
     """
     results = []
     while workers > 1 and len(results) < len(tasks):
@@ -227,7 +270,7 @@ def _render_all(tasks, workers, done):
         # Ctrl-C reaches every process of the terminal: workers ignore it, and this process ends them
         with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             processes = set(multiprocessing.active_children()) - others
-            rendered = pool.imap(_render, tasks[len(results) :])
+            rendered = pool.imap(work, tasks[len(results) :])
             while len(results) < len(tasks):
                 try:
                     results.append(rendered.next(timeout=1))
@@ -238,7 +281,7 @@ def _render_all(tasks, workers, done):
                         break
         workers //= 2
     for task in tasks[len(results) :]:
-        results.append(_render(task))
+        results.append(work(task))
         done()
     return results
 
@@ -289,6 +332,24 @@ def class_features(category, channels):
     ones = np.ones((*category.shape, 1), np.float32)
     sums, counts = (np.add.reduceat(np.add.reduceat(a, starts[0], axis=0), starts[1], axis=1) for a in (pixels, ones))
     return (sums / counts).astype(np.float16)
+
+
+def _label(task):
+    """Write the occupancy labels of a keyframe, unless they exist."""
+    from unipad.data.city.occupancy import occupancy_labels  # imports torch, which no other file of the city needs
+
+    args, root, name, k = task
+    file = root / occupancy_file(args, name, k)
+    if file.exists():
+        return
+    stamps = {channel: frames_of(args, channel, k)[-1][0] / 1e6 for channel in (*rig.CAMERAS, rig.LIDAR)}
+    time, keyframes = stamps.pop(rig.LIDAR), [frames_of(args, rig.LIDAR, i)[-1][0] / 1e6 for i in range(args.keyframes)]
+    arrays = occupancy_labels(scene_of(args, name), time, keyframes, stamps)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(unfinished, "wb") as opened:
+        np.savez_compressed(opened, **arrays)
+    unfinished.replace(file)
 
 
 def _draw_map(args, root, district):

@@ -14,9 +14,11 @@ from unipad.data.index import (
     FORMAT,
     CameraSweeps,
     Index,
+    OccupancyIndex,
     SourceFrames,
     build_camera_sweeps,
     build_index,
+    build_occupancy,
     build_source_frames,
 )
 from unipad.data.schema import open_tables, read_table
@@ -93,6 +95,11 @@ def load_source_frames(root: Path, version: str, split: str, offsets: tuple[int,
     """The `SourceFrames` at some offsets of a split, cached like the index of `load_index`."""
     ending = "-sources" + "".join(f"{offset:+d}" for offset in offsets)
     return _load(SourceFrames, partial(build_source_frames, offsets=offsets), root, version, split, ending)
+
+
+def load_occupancy(root: Path, version: str, split: str) -> OccupancyIndex:
+    """The `OccupancyIndex` of a split, cached like the index of `load_index`."""
+    return _load(OccupancyIndex, build_occupancy, root, version, split, "-occupancy")
 
 
 def _load(kind, build, root, version, split, ending=""):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unipad.batch import Batch
 from unipad.config import PretrainRecipe
+from unipad.model.carving import Carving
 from unipad.model.encoder import Encoder
 from unipad.model.photometric import sources_of
 from unipad.model.rays import Rays, choose_rays, lidar_points
@@ -31,6 +32,9 @@ class Pretrain(nn.Module):
         self.encoder = Encoder(recipe)
         self.project = ConvNormReLU3d(self.encoder.channels, recipe.render.channels)
         self.renderer = Renderer(recipe.render, recipe.grid, recipe.data.feature_channels)
+        if not recipe.render.renders:
+            self.renderer.requires_grad_(False)  # DDP waits for the gradient of every parameter that requires one
+        self.carving = Carving(recipe) if recipe.render.occupancy_weight > 0 else None
 
     def forward(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one training step.
@@ -40,9 +44,20 @@ class Pretrain(nn.Module):
 
         Returns:
             losses: name of each term -> its weighted value, the mean over samples.
-            missed: fraction of rays that do not cross the volume, and so do not count in the losses; scalar.
+            missed: fraction of rays that do not cross the volume, and so do not count in the losses; scalar. 0 where no
+                    loss casts rays.
         """
         volume, _ = self.encode(batch, generators)
+        if self.recipe.render.renders:
+            losses, missed = self._rendering_losses(volume, batch, generators)
+        else:
+            losses, missed = {}, volume.new_zeros(())
+        if self.carving is not None:
+            losses["occupancy"] = self.recipe.render.occupancy_weight * self.carving.loss(volume, batch)
+        return losses, missed
+
+    def _rendering_losses(self, volume, batch, generators):
+        """What `forward` returns, without `occupancy`."""
         batch = batch.keyframe()  # the volume shows the keyframe: views of earlier frames do not match it
         rays = choose_rays(batch, self.recipe.rays, generators)
         shape = (len(rays) // len(batch), self.renderer.jitters)

@@ -83,7 +83,7 @@ class Batch:
     frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
     # [B, S, 4] of S LiDAR sweeps, the keyframe's first: x, y, z meters of the LiDAR (LiDAR frame of the keyframe), and
-    # the time in seconds that is in its `points`, -1 where a sample has no such sweep; None: unknown, or no loss reads it
+    # the time in seconds that its points have, -1 where a sample has no such sweep; None: unknown, or no loss reads it
     sweep_origins: Tensor | None = None
     points_beyond: Tensor | None = None  # [Q, 5] as `points`: those outside of the grid; None: no loss reads them
     beyond_counts: Tensor | None = None  # [B] int64, on the host

@@ -285,7 +285,7 @@ def make_batch(recipe, scene=0, cameras=6):
         lidar2source=on_gpu(B, sources, 4, 4) if sources else None,
         features=on_gpu(*feature_shape, dtype=torch.float16) if data.features else None,
         feature_sizes=on_gpu(B, cameras, 2, dtype=torch.int64) if data.features else None,
-        sweep_origins=on_gpu(B, data.sweeps, 4),
+        sweep_origins=on_gpu(B, data.sweeps, 4) if recipe.reads_points_beyond else None,
         occupancy=on_gpu(B, 3, *OCCUPANCY_SHAPE, dtype=torch.uint8) if voxels else None,
         ego2lidar=on_gpu(B, 4, 4) if voxels else None,
         points_beyond=on_gpu(sum(n // 5 for n in points), 5) if recipe.reads_points_beyond else None,

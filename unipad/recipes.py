@@ -424,7 +424,7 @@ OCCUPANCY = {
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), flip_x=0.5, flip_y=0.5, shuffle=True),
             lidar=TINY_LIDAR_UNMASKED,
             occupancy=TINY_OCCUPANCY,
-            optim=replace(TINY_OCCUPANCY_OPTIM, epochs=12),
+            optim=TINY_OCCUPANCY_OPTIM,
         ),
         "lidar-0.075": OccupancyRecipe(
             grid=GRID_075,
@@ -442,7 +442,7 @@ OCCUPANCY = {
             camera=_for_occupancy(TINY_CAMERA_UNMASKED),
             lidar=TINY_LIDAR_UNMASKED,
             occupancy=TINY_OCCUPANCY,
-            optim=replace(TINY_OCCUPANCY_OPTIM, epochs=7),
+            optim=replace(TINY_OCCUPANCY_OPTIM, epochs=6),
         ),
         "fusion-0.075": OccupancyRecipe(
             grid=GRID_075,

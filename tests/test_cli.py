@@ -149,8 +149,11 @@ def test_a_run_from_before_a_flag_existed_is_read_with_its_default(tmp_path):
 def test_a_run_from_before_a_setting_existed_is_read_with_its_default(tmp_path):
     """By --config, --resume and, for its encoder, --pretrained."""
     config = run_config(train.parse([]), steps=8)
-    for name in ADDED_SETTINGS:
-        del config["recipe"]["render"][name]
+    removed = {name for section in config["recipe"].values() for name in ADDED_SETTINGS if name in (section or ())}
+    assert removed == ADDED_SETTINGS
+    for section in filter(None, config["recipe"].values()):
+        for name in ADDED_SETTINGS:
+            section.pop(name, None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert train.parse(["--config", tmp_path]).recipe == recipe_of(config) == train.parse([]).recipe
     _check_same_settings(config, run_config(train.parse([]), steps=8), tmp_path)  # does not raise

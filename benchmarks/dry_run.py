@@ -278,7 +278,7 @@ def make_batch(recipe, scene=0, cameras=6):
         point_labels=on_gpu(sum(points), dtype=torch.uint8),
         tokens=("",) * B,
         frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
-        sweep_origins=on_gpu(B, data.sweeps, 4),
+        sweep_origins=on_gpu(B, data.sweeps, 4) if recipe.reads_points_beyond else None,
         occupancy=on_gpu(B, 3, *OCCUPANCY_SHAPE, dtype=torch.uint8) if voxels else None,
         ego2lidar=on_gpu(B, 4, 4) if voxels else None,
         points_beyond=on_gpu(sum(n // 5 for n in points), 5) if recipe.reads_points_beyond else None,

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.test_rays import make_batch
+from unipad.checkpoint import take_weights, write_checkpoint
 from unipad.cli import check_recipe
-from unipad.config import Data, Grid
+from unipad.config import Data, Grid, to_dict
+from unipad.convert import convert_ours
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.draw.carving import _from_above
@@ -18,9 +20,10 @@ from unipad.errors import UserError
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.kernels.carve import FREE, FULL, UNKNOWN
 from unipad.model.carving import Carving
+from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.optimizer import make_optimizer
-from unipad.recipes import PRETRAIN
+from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import generators
 
 CPU = torch.device("cpu")
@@ -151,7 +154,8 @@ def test_a_dataset_keeps_points_beyond_only_where_a_loss_reads_them(city):
             assert dataset.keeps_beyond == (recipe.render.occupancy_weight > 0)
         sample, batch = dataset[1], collate([dataset[1], dataset[0]])  # of the validation set, without augmentation
         if not dataset.keeps_beyond:
-            assert sample.points_beyond is None and batch.points_beyond is None and batch.beyond_counts is None
+            fields = "sweep_origins", "points_beyond", "beyond_counts"
+            assert all(getattr(batch, name) is None for name in fields) and sample.points_beyond is None
             continue
         xyz, (low, high) = everything.points[:, :3], np.float32(box)
         inside = ((xyz > low) & (xyz < high)).all(axis=1)
@@ -225,6 +229,18 @@ def test_iou_by_hand(batch):
     missed, false = full - right, ((state == FREE) & even).sum().item()
     assert metrics["occupancy_iou_full"] == pytest.approx(right / (right + missed + false))
     assert metrics["occupancy_iou_free"] == pytest.approx((free - false) / (known - right))
+
+
+def test_only_the_encoder_is_taken_for_fine_tuning_and_the_original_gets_no_carving(batch, tmp_path):
+    net, *_ = losses_of(OCCUPANCY, batch)
+    saved = {"model": net.state_dict(), "step": 1, "config": {"recipe": to_dict(OCCUPANCY), "args": {}, "steps": 1}}
+    converted, report = convert_ours(saved)
+    assert report.faults == 0 and not any("carving" in name for name in converted["state_dict"])
+    assert "dropped: carving.linear.weight, which the original does not have" in report.notes
+    write_checkpoint(saved, tmp_path / "run.pt")
+    detector = Detector(DETECT["lidar"]["tiny"])
+    take_weights(detector, "encoder.", [tmp_path / "run.pt"], "--pretrained", print)
+    assert all(torch.equal(t, net.encoder.state_dict()[name]) for name, t in detector.encoder.state_dict().items())
 
 
 def test_picture_from_above():

@@ -16,9 +16,9 @@ import finetune
 import train
 from tests import scripts, test_dataset
 from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
-from unipad.checkpoint import take_weights
+from unipad.checkpoint import recipe_of, take_weights
 from unipad.cli import ADDED_FLAGS
-from unipad.config import PretrainRecipe, from_dict
+from unipad.config import ADDED_SETTINGS, PretrainRecipe, from_dict
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DEFAULT_PRESET, DETECT, OCCUPANCY, PRETRAIN, SEGMENT
@@ -138,6 +138,19 @@ def test_a_run_from_before_a_flag_existed_is_read_with_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert train.parse(["--config", tmp_path]).compile is False
     _check_same_settings(config, run_config(train.parse([]), steps=8), tmp_path)  # as with --resume: does not raise
+
+
+def test_a_run_from_before_a_setting_existed_is_read_with_its_default(tmp_path):
+    """By --config, --resume and, for its encoder, --pretrained."""
+    config = run_config(train.parse([]), steps=8)
+    for name in ADDED_SETTINGS:
+        del config["recipe"]["render"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train.parse(["--config", tmp_path]).recipe == recipe_of(config) == train.parse([]).recipe
+    _check_same_settings(config, run_config(train.parse([]), steps=8), tmp_path)  # does not raise
+    with pytest.raises(UserError, match="was started with --render.occupancy-weight 0.0, not 2.0"):
+        changed = run_config(train.parse(["--render.occupancy-weight", 2]), steps=8)
+        _check_same_settings(config, changed, tmp_path)
 
 
 def test_a_recipe_with_a_missing_field_is_rejected(tmp_path):

@@ -192,7 +192,7 @@ def test_sweeps_match_the_devkit(nusc, city, sweeps):
 
 def test_origins_of_sweeps_match_the_devkit(nusc, dataset):
     """Where the LiDAR was, in the keyframe's LiDAR frame; and the time lag, exactly that of the sweep's points."""
-    sample = dataset[len(dataset) - 1]
+    sample = dataset.load(dataset.frames[-1])
     key = record = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
     for origin in sample.sweep_origins:
         ego, sensor = (nusc.get(k, record[f"{k}_token"]) for k in ("ego_pose", "calibrated_sensor"))
@@ -208,7 +208,7 @@ def test_origins_of_sweeps_match_the_devkit(nusc, dataset):
 
 def test_the_first_keyframe_of_a_scene_has_no_sweeps(dataset):
     assert set(dataset[0].points[:, 4]) == {0}
-    assert dataset[0].sweep_origins[:, 3].tolist() == [0] + [-1] * 9
+    assert dataset.load(0).sweep_origins[:, 3].tolist() == [0] + [-1] * 9
     assert len(set(dataset[1].points[:, 4])) > 1
 
 

@@ -94,7 +94,7 @@ class Batch:
     occupancy: Tensor | None = None
     ego2lidar: Tensor | None = None  # [B, 4, 4] meters (ego frame of these voxels) -> LiDAR frame; None: not needed
     # [B, S, 4] of S LiDAR sweeps, the keyframe's first: x, y, z meters of the LiDAR (LiDAR frame of the keyframe), and
-    # the time in seconds that is in its `points`, -1 where a sample has no such sweep; None: not known
+    # the time in seconds that its points have, -1 where a sample has no such sweep; None: unknown, or no loss reads it
     sweep_origins: Tensor | None = None
     points_beyond: Tensor | None = None  # [Q, 5] as `points`: those outside of the grid; None: no loss reads them
     beyond_counts: Tensor | None = None  # [B] int64, on the host

@@ -406,20 +406,24 @@ def to_dict(config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+# Settings that older runs lack; they ran with the defaults
+ADDED_SETTINGS = {"occupancy_weight", "occupancy_window"}
+
+
 def from_dict(kind, value, name=""):
     """The inverse of `to_dict`: JSON-able `value` as a `kind`: a dataclass, the type of a field, or a union of these.
 
-    Raises TypeError where the fields are not exactly those of a dataclass of `kind`, or, with the dotted name of the
-    field, where a value is not of its field's type.
+    Raises TypeError where the fields are not exactly those of a dataclass of `kind`, `ADDED_SETTINGS` aside, or, with
+    the dotted name of the field, where a value is not of its field's type.
 
     name: dotted name of the field that has the value, for messages; "" for a whole config.
     """
     if isinstance(value, dict):
         for choice in filter(dataclasses.is_dataclass, _choices(kind)):
-            if value.keys() == choice.__dataclass_fields__.keys():
+            if value.keys() | ADDED_SETTINGS & choice.__dataclass_fields__.keys() == choice.__dataclass_fields__.keys():
                 hints = typing.get_type_hints(choice)
                 names = {field: f"{name}.{field}".lstrip(".") for field in hints}
-                return choice(**{field: from_dict(hints[field], value[field], names[field]) for field in hints})
+                return choice(**{field: from_dict(hints[field], value[field], names[field]) for field in value})
         raise TypeError(f"no {kind} has the fields {', '.join(map(str, value))}")
     for choice in _choices(kind):
         if (result := _as(choice, value, name)) is not _NO_MATCH:

@@ -57,8 +57,8 @@ class Sample:
     occupancy:    [3, X, Y, Z] uint8 as in `Batch`; None without these labels.
     ego2lidar:    [4, 4] float32 ego frame of the voxels -> LiDAR; None where no task needs it.
     sweep_origins: [S, 4] float32 of the `Data.sweeps` LiDAR sweeps, the keyframe's first: x, y, z of the LiDAR in
-                  LiDAR, and exactly the time lag of its points, -1 for sweeps that do not exist. None: not known, so
-                  that the loss `occupancy` cannot be computed.
+                  LiDAR, and exactly the time lag of its points, -1 for sweeps that do not exist. From `load`, None
+                  means that they are not known: the loss `occupancy` cannot be computed then.
     points_beyond: [Q, 5] the points that `DrivingDataset.read` leaves out of `points`, as outside of its `point_range`;
                   None if no loss reads them.
     """
@@ -99,7 +99,8 @@ class DrivingDataset(torch.utils.data.Dataset):
     default_version = ""  # the version without --version
     # False: no loss reads pixels, so `load` may return images of [h, w, 0]; see `without_pixels`.
     pixels = True
-    keeps_beyond = False  # True: `read` fills in `Sample.points_beyond`; see `with_points_beyond`
+    # True: `read` keeps `Sample.sweep_origins` and fills in `Sample.points_beyond`; see `with_points_beyond`
+    keeps_beyond = False
     # What finetune.py can train and eval.py can score: "detect", "segment", "occupancy". Pre-training needs none. For
     # the first two, metrics are the nuScenes devkit's, so a dataset that names one also needs nuScenes' tables in its
     # root and an attribute `index`, a `unipad.data.index.Index`.
@@ -229,6 +230,8 @@ class DrivingDataset(torch.utils.data.Dataset):
     def read(self, i: int, rng: np.random.Generator | None = None, paste: bool = True) -> Sample:
         """Sample i, cropped to `point_range`; with `rng` also augmented, and, if `paste`, with objects pasted in."""
         sample = self.load(self.frames[i])
+        if not self.keeps_beyond:
+            sample = replace(sample, sweep_origins=None)  # no loss reads them: they need not be copied to the device
         if rng is not None:
             if self.augment is not None and self.augment.photometric:
                 sample = photometric_distortion(sample, rng)  # before objects' pixels are pasted, as in the original
@@ -248,7 +251,8 @@ class DrivingDataset(torch.utils.data.Dataset):
         return dataset
 
     def with_points_beyond(self) -> "DrivingDataset":
-        """This dataset for losses that also read the points outside of `point_range`, in `Sample.points_beyond`."""
+        """This dataset for losses that also read the points outside of `point_range`, in `Sample.points_beyond`, and
+        `Sample.sweep_origins`."""
         dataset = copy.copy(self)
         dataset.keeps_beyond = True
         return dataset

@@ -3,9 +3,9 @@
     target   every LiDAR point of the keyframe and its sweeps ends a ray from where the LiDAR was then: the cells that
              the ray crosses are free, its last one is full, cells without a ray are unknown (`kernels/carve.py`)
     motion   in each cell, the latest window of `occupancy_window` seconds with a ray decides; in a window, full beats
-             free. So an object that moves on does not leave a trail: newer rays cross where its older points are. One
+             free. So an object that moves on hardly leaves a trail: newer rays cross where its older points are. One
              window for all sweeps would leave trails; windows of one sweep would free cells of static surfaces, where
-             new rays pass over what an older sweep has hit: cells are larger than the distance between rays.
+             new rays pass over what an older sweep has hit (`python -m benchmarks.carve_windows`).
     logits   one linear layer on the features that rays are cast through, a 1 x 1 x 1 convolution
     loss     binary cross entropy, of half the weight on a sample's full cells, half on its free ones
 

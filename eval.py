@@ -94,9 +94,8 @@ class Settings:
 @dataclass(frozen=True)
 class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
-    task: Literal["detect", "segment", "occupancy", "render"] | None = (
-        None  # what to evaluate; None: what it was trained for
-    )
+    # what to evaluate; None: what it was trained for
+    task: Literal["detect", "segment", "occupancy", "render"] | None = None
     split: str = "val"  # train, val or test; for v1.0-mini, train and val mean mini_train and mini_val
     data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
     version: str | None = None  # version of the dataset; None: the run's

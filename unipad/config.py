@@ -318,7 +318,7 @@ class Segment:
 class Occupancy:
     """Occupancy head: a small MLP on the volume's features at the center of each voxel, and its losses."""
 
-    classes: int = 18  # Occ3D's classes: 0 to 16, and 17, free
+    classes: int = 18  # number of classes: Occ3D's 0 to 16, and 17, free
     channels: int = 32  # channels of the volume that the head reads
     hidden: int = 64  # width of the MLP
     # voxels to learn: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene saw; or

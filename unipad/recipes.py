@@ -107,11 +107,11 @@ PRETRAIN = {
             grid=TINY_GRID,
             data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),
             camera=TINY_CAMERA,
-            rays=RayChoice(strategy="patch", per_view=126, patch_step=4, sky=0.0),
+            rays=RayChoice(strategy="patch", per_view=63, patch_step=4, sky=0.0),
             # The default variance, as in the LiDAR recipe: a sharp surface right in front of a camera is seen by no
             # source, and so has no gradient.
-            render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=30.0),
-            optim=replace(TINY_OPTIM, epochs=10),
+            render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=10.0),
+            optim=replace(TINY_OPTIM, epochs=7.5),
         ),
         # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
         "camera-0.075": CAMERA_075_PRETRAIN,
@@ -126,7 +126,7 @@ PRETRAIN = {
             data=Data(sweeps=0, sources=(-1, 1)),
             camera=CameraConfig(),
             rays=RayChoice(strategy="patch", patch_step=28),
-            render=Render(depth_weight=0.0, photometric_weight=30.0),
+            render=Render(depth_weight=0.0, photometric_weight=10.0),
         ),
     },
     "lidar": {

@@ -69,13 +69,20 @@ def another(hint, value):
 
 # Settings that another setting limits -> command-line arguments instead of those of `another`
 LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
+LIMITED["data.sources"] = (-2, 2)
+# Settings that the photometric loss does not allow, and those that no recipe without it may have
+NOT_WITH_PHOTOMETRIC = {"rays.strategy", "augment.photometric", "augment.grid_mask"}
+ONLY_WITH_PHOTOMETRIC = {"data.sources", "render.photometric_weight"}
 
 
 @for_every_preset
 def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     expected, flags = {}, []
+    photometric = getattr(getattr(recipe, "render", None), "photometric_weight", 0) > 0
     for name, hint, value in settings(recipe):
-        if name in LIMITED:
+        if name in (NOT_WITH_PHOTOMETRIC if photometric else ONLY_WITH_PHOTOMETRIC):
+            continue  # rejected for this recipe
+        elif name in LIMITED:
             arguments = LIMITED[name]
             value = arguments if len(arguments) > 1 else arguments[0]
         elif name == "grid.cell":  # must divide the range, whose ends `another` moves by 1 m each

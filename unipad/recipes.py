@@ -103,6 +103,14 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=7.5),
         ),
+        # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
+        "camera-0.075": CAMERA_075_PRETRAIN,
+        "camera-0.075-sweeps": replace(CAMERA_075_PRETRAIN, data=THREE_FRAMES),
+        "camera-0.1-bevdet": PretrainRecipe(camera=CAMERA_BEVDET),
+        "camera-0.1-bevdepth": PretrainRecipe(camera=CAMERA_BEVDEPTH),
+        # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
+        # (in nuScenes 900 x 1600)
+        "camera-0.1": PretrainRecipe(camera=CameraConfig()),
         "images-tiny": PretrainRecipe(
             grid=TINY_GRID,
             data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),
@@ -113,15 +121,7 @@ PRETRAIN = {
             render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=10.0),
             optim=replace(TINY_OPTIM, epochs=7.5),
         ),
-        # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
-        "camera-0.075": CAMERA_075_PRETRAIN,
-        "camera-0.075-sweeps": replace(CAMERA_075_PRETRAIN, data=THREE_FRAMES),
-        "camera-0.1-bevdet": PretrainRecipe(camera=CAMERA_BEVDET),
-        "camera-0.1-bevdepth": PretrainRecipe(camera=CAMERA_BEVDEPTH),
-        # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
-        # (in nuScenes 900 x 1600)
-        "camera-0.1": PretrainRecipe(camera=CameraConfig()),
-        # The same without LiDAR, not in the paper; the steps of a patch are as wide, in angles, as in images-tiny
+        # camera-0.1 without LiDAR, not in the paper; the steps of a patch are as wide, in angles, as in images-tiny
         "camera-0.1-images": PretrainRecipe(
             data=Data(sweeps=0, sources=(-1, 1)),
             camera=CameraConfig(),

@@ -21,6 +21,7 @@
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
     composite.py    front-to-back compositing of samples along rays
     depth_range.py  rendered depths clamped to the range of the samples in their volume
+    ray_mean.py     means over the rays of each volume
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel

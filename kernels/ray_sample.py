@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import cdiv, jit, on_triton, tl, triton
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import interval_alpha, sigmoid
 
@@ -57,7 +57,7 @@ def clip_rays(
     enter, leave = origins.new_empty(R), origins.new_empty(R)
     hit = origins.new_empty(R, dtype=torch.bool)
     if R:
-        _clip_rays_kernel[(triton.cdiv(R, BLOCK),)](
+        _clip_rays_kernel[(cdiv(R, BLOCK),)](
             origins_ptr=origins.contiguous(), directions_ptr=directions.contiguous(),
             enter_ptr=enter, leave_ptr=leave, hit_ptr=hit,
             R=R, low_x=float(low[0]), low_y=float(low[1]), low_z=float(low[2]),
@@ -104,7 +104,7 @@ def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = 
         return stratified_edges_ref(near, far, S, jitter)
     edges = near.new_empty(R, S + 1)
     if R:
-        _stratified_edges_kernel[(triton.cdiv(edges.numel(), BLOCK),)](
+        _stratified_edges_kernel[(cdiv(edges.numel(), BLOCK),)](
             near_ptr=near.contiguous(), far_ptr=far.contiguous(),
             jitter_ptr=near if jitter is None else jitter.contiguous(), edges_ptr=edges,
             R=R, S=S, JITTER=jitter is not None, BLOCK=BLOCK,
@@ -190,7 +190,7 @@ def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
     merged, order = edges.new_empty(R, S + n + 1), edges.new_empty(R, S + n, dtype=torch.int64)
     if R:
         block_r, block_n = _tile(n)
-        _merge_kernel[(triton.cdiv(R, block_r),)](
+        _merge_kernel[(cdiv(R, block_r),)](
             edges_ptr=edges.contiguous(), new_edges_ptr=new_edges.contiguous(), merged_ptr=merged, order_idx_ptr=order,
             R=R, S=S, N=n, BLOCK_R=block_r, BLOCK_N=block_n,
         )  # fmt: skip
@@ -268,7 +268,7 @@ def _resample(edges, weights, n, jitter, MERGE=True, NEUS=False, inv_s=0.0):
     if R:
         jitter = edges.new_full((R,), 0.5) if jitter is None else jitter.contiguous()
         block_r, block_n = _tile(n)
-        _resample_kernel[(triton.cdiv(R, block_r),)](
+        _resample_kernel[(cdiv(R, block_r),)](
             edges_ptr=edges.contiguous(), weights_ptr=weights.contiguous(), jitter_ptr=jitter, out_ptr=out,
             R=R, S=S, N=n, inv_s=inv_s, MERGE=MERGE, NEUS=NEUS, BLOCK_R=block_r, BLOCK_N=block_n,
         )  # fmt: skip

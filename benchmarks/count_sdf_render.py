@@ -100,8 +100,11 @@ def instructions(sass, ttgir, trips):
     """
     in_source, in_code = _source_loops(ttgir), _sass_loops(sass)
     while len(in_source) > len(in_code):
-        in_source.remove(min((row for row in in_source if row[1]), key=lambda row: row[1]))
-    assert [depth for depth, _ in in_source] == [depth for depth, *_ in in_code], "loops were moved"
+        shortest = min((row for row in in_source if row[1]), key=lambda row: row[1], default=None)
+        assert shortest, "the machine code lacks a loop of unknown length: this compiler's code cannot be counted"
+        in_source.remove(shortest)
+    same = [depth for depth, _ in in_source] == [depth for depth, *_ in in_code]
+    assert same, "loops of the machine code are nested differently: this compiler's code cannot be counted"
     trips = iter(trips)
     counts = [next(trips) if n is None else n for _, n in in_source]
     assert next(trips, None) is None, "fewer loops than trips"

@@ -28,7 +28,6 @@ from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import interval_alpha, sigmoid
 
 
-@torch.no_grad()
 def clip_rays(
     origins: Tensor, directions: Tensor, low: Sequence[float], high: Sequence[float], near: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +78,6 @@ def clip_rays_ref(origins, directions, low, high, near):
     return torch.where(hit, enter, near), torch.where(hit, leave, near + 1), hit
 
 
-@torch.no_grad()
 def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = None) -> Tensor:
     """Edges of S intervals that divide [near, far] evenly.
 
@@ -124,7 +122,6 @@ def stratified_edges_ref(near, far, S, jitter=None):
     return near[:, None] + x * (far - near)[:, None]
 
 
-@torch.no_grad()
 def sample_pdf(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
     """Draw n samples by inverse transform sampling from a density that is constant on each interval.
 
@@ -167,7 +164,6 @@ def sample_pdf_ref(edges, weights, n, jitter=None):
     return torch.minimum(low + t * (high - low), high)  # rounding must not move a sample past its interval
 
 
-@torch.no_grad()
 def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two edge lists of the same rays by start; among equal starts, old ones come first.
 
@@ -205,7 +201,6 @@ def merge_ref(edges, new_edges):
     return torch.cat([starts, last], dim=1), order
 
 
-@torch.no_grad()
 def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
     """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch; same arguments."""
     _check(edges, weights, n, jitter)
@@ -220,7 +215,6 @@ def resample_ref(edges, weights, n, jitter=None):
     return merge_ref(edges, sample_pdf_ref(edges, weights, n, jitter))[0]
 
 
-@torch.no_grad()
 def neus_resample(edges: Tensor, sdf: Tensor, inv_s: float, n: int, jitter: Tensor | None = None) -> Tensor:
     """`resample` by NeuS's weights, in one launch: those of `composite` for the opacities of `interval_alpha`.
 

@@ -38,7 +38,6 @@ class Packed(NamedTuple):
     rgb_w: Tensor  # [2, (L - 1) H + COLORS, H + C + H + INPUTS] the color MLP likewise; empty without one
 
 
-@torch.no_grad()
 def pack(sdf_mlp: Sequence[Tensor], rgb_mlp: Sequence[Tensor] | None, channels: int, exact: bool = False) -> Packed:
     """Both MLPs packed for the kernels.
 
@@ -193,9 +192,11 @@ WARPS = 2
 
 def _by_kind(prefix, tensors, sdf_layers):
     """Arguments of the kernels: P and q of the MLPs, and C, d, W and b of all layers."""
-    mlps = [tensors[: 2 + 4 * sdf_layers], tensors[2 + 4 * sdf_layers :]]
-    kinds = {"p": slice(0, 1), "q": slice(1, 2)} | {kind: slice(2 + i, None, 4) for i, kind in enumerate("cdwb")}
-    return {f"{prefix}{kind}_ptrs": tuple(t for mlp in mlps for t in mlp[at]) for kind, at in kinds.items()}
+    at = 2 + 4 * sdf_layers
+    sdf, rgb = tuple(tensors[:at]), tuple(tensors[at:])
+    kinds = dict(p=slice(0, 1), q=slice(1, 2), c=slice(2, None, 4), d=slice(3, None, 4), w=slice(4, None, 4))
+    kinds["b"] = slice(5, None, 4)
+    return {f"{prefix}{kind}_ptrs": sdf[which] + rgb[which] for kind, which in kinds.items()}
 
 
 @triton.jit

@@ -135,7 +135,6 @@ def sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method, exac
     return out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10), weights, sdf, gradient
 
 
-@torch.no_grad()
 def sdf_values(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
     cells: tuple[Tensor, Tensor], exact: bool = False, packed: Packed | None = None,
@@ -190,16 +189,23 @@ def _check(volume, rays, edges, mlps, density_param, cells, method):
 def _check_field(volume, rays, starts, sdf_mlp, cells):
     (origins, directions, volume_idx, *_), R = rays, len(starts)
     fits = volume.dim() == 5 and origins.shape == directions.shape == (R, 3) and volume_idx.shape == (R,)
-    shapes = [tuple(t.shape) for t in (volume, origins, directions, volume_idx, starts)]
-    assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
+    assert fits and starts.dim() == 2, (
+        f"volume, origins, directions, volume_idx, distances of "
+        f"{_shapes(volume, origins, directions, volume_idx, starts)} do not match"
+    )
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
     # kernels number voxels and samples in int32, those that fill the last tile included
-    assert volume[..., 0].numel() < 2**31 and starts.numel() < 2**30, f"too many voxels or samples: {shapes}"
+    few = volume.shape[:4].numel() < 2**31 and starts.numel() < 2**30
+    assert few, f"too many voxels or samples: {_shapes(volume, starts)}"
     assert all(t.shape == (3,) for t in cells), (
         f"cells_per_unit and cell_offset are [3] each, not {[tuple(t.shape) for t in cells]}"
     )
     C = sdf_mlp[2].shape[1]  # of C_0 [H, C]
     assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
+
+
+def _shapes(*tensors):
+    return [tuple(t.shape) for t in tensors]
 
 
 def _sizes(volume, mlps):

@@ -35,13 +35,14 @@ NO_RGB = RGB | dict(RGB_LAYERS=0)  # presets for LiDAR only, which render no col
 IEEE = dict(PREC="ieee")  # matrix products in fp32, as on AMD GPUs
 TRAIN = dict(STOP=0.0)  # rays do not stop early
 WIDE = RGB | dict(C=64, H=64, CHANNELS=64)  # the widest supported field
-WIDE_VALUES = FIELD | dict(C=64, H=64, CHANNELS=64)
 EXACT = RGB | dict(PREC="tf32x3")  # exact=True
 WIDE_EXACT = WIDE | dict(PREC="tf32x3")
+SHALLOW = dict(SDF_LAYERS=2, RGB_LAYERS=2)
 VOLSDF = dict(NEUS=False)
 FEWER = dict(CHANNELS=20)  # than the 32 to which they are padded
 ONE_VOXEL = dict(Z=1, Y=1, X=1)  # along every axis
 TILE, SEARCH = dict(BLOCK_S=16), dict(BLOCK_M=32, LAYERS=6)  # samples of a ray, any samples
+WIDE_SEARCH = FIELD | SEARCH | dict(C=64, H=64, CHANNELS=64)
 
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=1):
@@ -67,7 +68,7 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", RGB | TILE | dict(STOP=1e-4), HOPPER, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", NO_RGB | TILE | TRAIN, NVIDIA, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", EXACT | TILE | TRAIN, NVIDIA, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN, HOPPER, 255, 32768, 1080, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN, HOPPER, 255, 32768, 120, "HMMA", WIDE_WARPS),
     launch("_sdf_values_kernel", FIELD | SEARCH | IEEE, AMD),
     launch("_sdf_values_kernel", FIELD | SEARCH | dict(PREC="tf32x3"), NVIDIA, 255, 8192, 0, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | IEEE, AMD),
@@ -75,14 +76,14 @@ LAUNCHES = [
     # fields that no preset has
     launch("_sdf_values_kernel", FIELD | SEARCH | FEWER, HOPPER, 255, 4096, 0, "HMMA"),
     launch("_sdf_values_kernel", FIELD | SEARCH | ONE_VOXEL, HOPPER, 255, 4096, 0, "HMMA"),
-    launch("_sdf_values_kernel", SEARCH | WIDE_VALUES, HOPPER, 255, 32768, 0, "HMMA", WIDE_WARPS),
-    launch("_sdf_values_kernel", SEARCH | WIDE_VALUES | dict(PREC="tf32x3"), HOPPER, 255, 65536, 0, "HMMA", WIDE_WARPS),
-    launch("_sdf_values_kernel", SEARCH | WIDE_VALUES | IEEE, AMD, warps=WIDE_WARPS),
+    launch("_sdf_values_kernel", WIDE_SEARCH, HOPPER, 144, 16384, 0, "HMMA", WIDE_WARPS),
+    launch("_sdf_values_kernel", WIDE_SEARCH | dict(PREC="tf32x3"), HOPPER, 255, 16384, 24, "HMMA", WIDE_WARPS),
+    launch("_sdf_values_kernel", WIDE_SEARCH | IEEE, AMD, warps=WIDE_WARPS),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | VOLSDF, HOPPER, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | FEWER, HOPPER, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | ONE_VOXEL, HOPPER, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | dict(S=1), HOPPER, 255, 4096, 100, "HMMA"),
-    launch("_sdf_render_fwd_kernel", WIDE_EXACT | TILE | TRAIN, HOPPER, 255, 65536, 0, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_fwd_kernel", WIDE_EXACT | TILE | TRAIN, HOPPER, 255, 32768, 320, "HMMA", WIDE_WARPS),
     launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN | IEEE, AMD, warps=WIDE_WARPS),
 ]
 # inputs (of `make_inputs`) with a gradient

@@ -19,6 +19,8 @@ it fine-tunes the arms of the experiment:
 The arms of a seed see the same frames in the same order. `eval.py` evaluates each run on --split. Rows are appended to
 results.csv in --out as they come; the same command again runs only what is missing, and resumes what was interrupted.
 On a CPU, each run computes with one thread, so that its result does not depend on the number of cores: use --jobs.
+It still depends on the CPU's model, unless --portable is given (see `PORTABLE`): rounding differs, and training
+amplifies that to differences as between seeds.
 
 Choose settings with --split city_dev, whose scenes are in neither the training nor the validation split.
 """
@@ -29,7 +31,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import cycle, product
 from pathlib import Path
 from typing import Literal, get_args
@@ -37,12 +39,13 @@ from typing import Literal, get_args
 import matplotlib
 import matplotlib.image
 import numpy as np
+import torch
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from unipad.data.synthetic import generate, is_synthetic
+from unipad.data.synthetic import is_synthetic
 from unipad.errors import UserError
 from unipad.exit import exit_on_user_error
 from unipad.run_folder import commit
@@ -50,6 +53,7 @@ from unipad.run_folder import commit
 Arm = Literal["scratch", "pretrained", "frozen-random", "frozen-pretrained"]
 ARMS = get_args(Arm)
 CITY = Path("data/label-efficiency")
+PORTABLE_CITY = Path("data/label-efficiency-portable")  # the same, with the last digits of --portable
 CITY_SIZE = {"scenes": 128, "keyframes": 4}  # 360 keyframes to train on, 48 to choose settings with, 104 to validate on
 # Metrics by task: name -> (file of eval.py, its key)
 METRICS = {
@@ -57,6 +61,26 @@ METRICS = {
     "segment": {"mIoU": ("segmentation_summary.json", "miou")},
 }
 TITLES = {"camera": "Camera", "lidar": "LiDAR", "fusion": "Fusion"}
+
+# Environment of the programs with --portable. Every library chooses its code by what the CPU has: width of vectors,
+# vendor, sizes of caches; each choice adds in another order or approximates functions otherwise. With these variables,
+# all use code that every x86-64 CPU with AVX2 and FMA has and that contains no instruction whose result is up to the
+# vendor (`rsqrtps`, `rcpps`). Then results are bitwise equal on all of them, given the same versions of the packages
+# and of the C library; `python -m tests.other_cpus` compares them with those of emulated CPUs. On one AMD CPU with
+# AVX-512, a step from LiDAR takes 1.5 times as long in pre-training, and 1.2 times in fine-tuning.
+PORTABLE = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ATEN_CPU_CAPABILITY": "avx2",  # PyTorch's own loops
+    "ONEDNN_MAX_CPU_ISA": "AVX2",  # PyTorch's convolutions
+    "MKL_CBWR": "COMPATIBLE",  # PyTorch's matrix products: the only branch that MKL has for all vendors
+    # PyTorch's square roots, logarithms and so on: MKL's only kernels for them without `rsqrtps`. MKL_CBWR does not
+    # reach these, and Intel does not document the variable: a test checks that it has an effect.
+    "MKL_VML_DEBUG_CPU_TYPE": "1",
+    "OPENBLAS_CORETYPE": "Haswell",  # matrix products of NumPy and SciPy
+    # NumPy's own loops; the last is NumPy 2.4's name for all of them. Unknown names are ignored.
+    "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR X86_V4",
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,7 @@ class Args:
     variant: str = "default"  # name of these settings in results.csv; other --flags need another name
     jobs: int = 1  # fine-tuning runs at once
     gpus: int = 0  # GPUs per run, with torchrun; 0: one GPU, or the CPU
+    portable: bool = False  # the same digits on every x86-64 CPU with AVX2, slower; adds -portable to --variant
     out: Path = Path("outputs/label-efficiency")  # folder of results.csv and of all runs
     figure: Path | None = None  # draw the validation results of results.csv in --out as this picture, and do no more
 
@@ -115,6 +140,10 @@ def main(args: Args):
         draw(rows, args.figure)
         draw_frame(args.out, rows, args.figure.with_stem(f"{args.figure.stem}_frame"))
         return
+    if args.portable:
+        if args.gpus or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            raise UserError("--portable needs an x86-64 CPU with AVX2, and does not use GPUs; leave it or --gpus out.")
+        args = replace(args, variant=f"{args.variant}-portable")
     missing = missing_cases(args, read_rows(file))
     folder = variant_folder(args.out, args)
     if missing:
@@ -171,8 +200,12 @@ def is_of(args, row):
 
 def prepare(args, folder):
     """Generate the city and pre-train, unless this has been done."""
-    if args.data_root is None and not is_synthetic(CITY):
-        generate(CITY, **CITY_SIZE)
+    if args.data_root is None and not is_synthetic(city(args)):
+        # a program of its own: NumPy reads its variables when it is loaded
+        size = [text for name, value in CITY_SIZE.items() for text in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "unipad.data.synthetic", "--out", str(city(args)), *size]
+        if subprocess.run(command, env=environment(args)).returncode:
+            sys.exit(1)
     if args.pretrained is None and any(arm.endswith("pretrained") for arm in args.arms):
         preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
         preset = preset or (None if args.data_root else "tiny")
@@ -180,6 +213,16 @@ def prepare(args, folder):
         flags += ["--steps", args.pretrain_steps] if args.pretrain_steps else []
         flags += ["--init", args.init] if args.init else []
         train(args, "train.py", folder / "pretrained", *flags, *args.pretrain_flags.split())
+
+
+def city(args):
+    """The folder of the synthetic city."""
+    return PORTABLE_CITY if args.portable else CITY
+
+
+def environment(args):
+    """The environment of the programs that this one starts."""
+    return os.environ | (PORTABLE if args.portable else {})
 
 
 def measure(args, folder, arm, fraction, seed, steps):
@@ -230,7 +273,7 @@ def log_of(folder):
 
 def train(args, script, folder, *flags):
     """Run a training script into `folder`, or resume the run there; returns CPU seconds."""
-    common = ["--modality", args.modality, "--data-root", args.data_root or CITY, "--version", args.version]
+    common = ["--modality", args.modality, "--data-root", args.data_root or city(args), "--version", args.version]
     return execute(args, log_of(folder), script, "--out", folder, "--resume", "auto", *common, *flags)
 
 
@@ -243,7 +286,10 @@ def execute(args, log, *command):
     with log.open("a") as output:
         print("\n" + " ".join(map(str, command)), file=output, flush=True)
         process = subprocess.Popen(
-            [*launcher, *map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output
+            [*launcher, *map(str, command)],
+            env=environment(args) | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

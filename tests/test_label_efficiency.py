@@ -1,13 +1,19 @@
 """benchmarks.label_efficiency at a small size: the arms, a repeated command, the table and the figure."""
 
+import json
+import os
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import label_efficiency
-from benchmarks.label_efficiency import Args, Row, append_rows, draw, read_rows, spread, table
+from benchmarks.label_efficiency import PORTABLE, Args, Row, append_rows, draw, read_rows, spread, table
+from tests.other_cpus import EMULATOR, HERE, run
 from unipad.errors import UserError
 
 ROW = Row(
@@ -97,6 +103,9 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
     label_efficiency.main(replace(args, seeds=(0, 1), arms=("scratch",)))
     assert "1 of 1: scratch, 0.5 of the labels, seed 1" in capsys.readouterr().out
     assert len(read_rows(tmp_path / "results.csv")) == 10  # two metrics of each of five runs
+    label_efficiency.main(replace(args, arms=("scratch",), portable=True))
+    assert {row.variant for row in read_rows(tmp_path / "results.csv")} == {"default", "default-portable"}
+    assert (tmp_path / "lidar/default-portable/scratch-0.5-2-0/checkpoints/last.pt").exists()
     with pytest.raises(UserError, match="name a new variant"):
         label_efficiency.main(replace(args, flags="--workers 0 --lr 1"))
     with pytest.raises(UserError, match="name a new variant"):
@@ -115,3 +124,81 @@ def test_flags_that_have_a_place_of_their_own_are_refused(tmp_path):
     for flags in ({"flags": "--seed 3"}, {"pretrain_flags": "--steps 3"}):
         with pytest.raises(UserError, match="use --seeds and --steps"):
             label_efficiency.main(Args(out=tmp_path, **flags))
+
+
+def test_portable_runs_have_a_city_a_variant_and_an_environment_of_their_own(tmp_path, monkeypatch):
+    started = []
+
+    def fail(command, env):
+        started.append((command, env))
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(label_efficiency.subprocess, "run", fail)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for portable in (False, True):
+        with pytest.raises(SystemExit):
+            label_efficiency.main(Args(portable=portable))
+    (default, default_environment), (command, environment) = started
+    assert default_environment == dict(os.environ) and environment == dict(os.environ) | PORTABLE
+    assert "data/label-efficiency" in default and "data/label-efficiency-portable" in command
+    append_rows(tmp_path / "results.csv", [replace(ROW, steps=1000, pretrained="", flags="--lr 1")])
+    with pytest.raises(SystemExit):  # not `UserError`: these rows are of another variant
+        label_efficiency.main(Args(portable=True, out=tmp_path))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(UserError, match="--portable needs an x86-64 CPU with AVX2"):
+        label_efficiency.main(Args(portable=True, out=tmp_path))
+
+
+CODE_PATHS = """
+import ctypes, json, hashlib
+import numpy, scipy.linalg, threadpoolctl, torch
+from numpy.core._multiarray_umath import __cpu_features__
+x = torch.linspace(0.1, 9, 4096)
+pools = threadpoolctl.threadpool_info()
+mkl = ctypes.CDLL(torch.__path__[0] + "/lib/libtorch_cpu.so")
+print(json.dumps({
+    "torch": torch.backends.cpu.get_cpu_capability(),
+    "mkl": mkl.mkl_serv_cbwr_get(1),
+    "roots": hashlib.sha256(x.sqrt().numpy().tobytes()).hexdigest(),
+    "numpy": __cpu_features__["AVX512_SKX"],
+    "openblas": sorted({pool["architecture"] for pool in pools if pool["internal_api"] == "openblas"}),
+}))
+"""
+HAS_MKL = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="--portable is for x86-64 with AVX2, and PyTorch with MKL")
+def test_portable_settings_choose_the_code(monkeypatch):
+    """As the libraries themselves report it. For square roots, which no library reports: the bits are others."""
+    portable, default = (json.loads(run(HERE, flag, "-c", CODE_PATHS)) for flag in (True, False))
+    compatible = 3  # MKL_CBWR_COMPATIBLE
+    roots = portable.pop("roots")
+    assert portable == {"torch": "AVX2", "mkl": compatible, "numpy": False, "openblas": ["Haswell"]}
+    assert default["mkl"] != compatible and default["roots"] != roots
+
+
+ROUNDED = """
+import hashlib
+import numpy as np
+import torch
+x = torch.from_numpy(np.linspace(0.1, 0.9, 90000).astype(np.float32)).requires_grad_()
+image = x[:12800].reshape(1, 32, 20, 20)
+values = [x.exp(), x.log(), x.sqrt(), x.atan(), x.softmax(0), x[:4900].reshape(70, 70) @ x[:4900].reshape(70, 70).T]
+values += [torch.nn.functional.conv2d(image, x[:9216].reshape(32, 32, 3, 3), padding=1)]
+values += torch.autograd.grad(values[-1].square().sum(), x)
+angles = np.linspace(-9, 9, 9999)
+values = [value.detach().numpy() for value in values]
+values += [np.exp(angles), np.tan(angles), np.arctan2(angles, 2)]
+values += [np.linalg.inv(np.sin(np.outer(angles, angles)[:99, :99]))]
+print(*(hashlib.sha256(value.tobytes()).hexdigest()[:8] for value in values))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_MKL or not shutil.which(EMULATOR), reason=f"needs {EMULATOR} (apt-get install qemu-user)")
+@pytest.mark.parametrize("cpu", ["Haswell", "EPYC"])
+def test_portable_results_are_those_of_other_cpus(cpu):
+    """Emulated ones, of Intel and AMD. Without the settings, they differ from this CPU's."""
+    assert run(cpu, True, "-c", ROUNDED) == run(HERE, True, "-c", ROUNDED)
+    assert run(cpu, False, "-c", ROUNDED) != run(HERE, False, "-c", ROUNDED)

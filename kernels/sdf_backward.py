@@ -318,6 +318,10 @@ def _sdf_render_bwd_sdf_kernel(
             volume_ptr, cell_around(coords, volume_idx, Z, Y, X), to_grid(v, cells_per_unit_ptr), Z, Y, X, CHANNELS, C
         )  # along: f.
         d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)
+        # the last layer's row of the distance, behind all other rows; of the columns of E only that of the bias is used
+        bias_ptr = d_w_ptr + (SECOND - STRIDE + E + 3)
+        tl.store(bias_ptr, tl.load(bias_ptr) + tl.sum(d_sdf, axis=0))
+
         f, f_dot = operand(feature, PREC), operand(along, PREC)
         x = tl.zeros((BLOCK_S, H), tl.float32)
         x_dot = x
@@ -337,12 +341,10 @@ def _sdf_render_bwd_sdf_kernel(
             x_dot = softplus_grads(x)[0] * z_dot
         tl.debug_barrier()  # with several warps, other threads may read the scratch
 
-        # the last layer: row 0 is of the distance, the others are of the geometry. The gradient of row 0 is behind all
-        # others; of the columns of E only that of the bias is used. Written before the layers, it cost more registers.
-        add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + x_dot, axis=0))
+        # the columns of the feature in the row of the distance; written before the layers, they cost more registers
         add_row(d_w_ptr, SECOND - STRIDE + H, tl.sum(d_sdf[:, None] * feature + along, axis=0))
-        bias_ptr = d_w_ptr + (SECOND - STRIDE + E + 3)
-        tl.store(bias_ptr, tl.load(bias_ptr) + tl.sum(d_sdf, axis=0))
+        # the last layer: row 0 is of the distance, the others are of the geometry
+        add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + x_dot, axis=0))
         d_x = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x-
         d_feature = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST + H, C)  # f-
         x_hat = tl.broadcast_to(load_row(sdf_mlp_ptr, LAST, H), (BLOCK_S, H))  # x^

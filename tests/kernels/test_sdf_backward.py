@@ -50,7 +50,7 @@ LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 112, "HMMA"),  # 112 on sm_90 only
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 112, "HMMA"),  # 64 on sm_90
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 300, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 49152, 184, "HMMA", WIDE_WARPS),

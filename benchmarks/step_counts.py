@@ -221,11 +221,11 @@ def launch_flops(name, given, pairs):
     if name == "_gather_gemm_kernel":
         features, out = given["features_ptr"], given["out_ptr"]
         return 2 * pairs[given["K"], len(features), len(out)] * given["I"] * given["O"], _unit(features, given)
-    if name in ("_d_weight_kernel", "_d_weight_of_groups_kernel"):
-        features, d_out = given["features_ptr"], given["d_out_ptr"]
+    if name in ("_d_weight_kernel", "_d_weight_of_groups_kernel"):  # of one or more layers alike
+        features, d_out = given["features_ptrs"][0], given["d_out_ptrs"][0]
         K = given["K"] if "K" in given else given["read_idx_ptr"].numel() // len(d_out)
         products = pairs[K, len(features), len(d_out)] * features.shape[1] * d_out.shape[1]
-        return 2 * products, _unit(features, given)
+        return 2 * products * len(given["d_out_ptrs"]), _unit(features, given)
     if not name.startswith("_sdf_"):
         return 0, "fp32"
     C, H = given["CHANNELS"], given["H"]

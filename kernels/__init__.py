@@ -10,6 +10,7 @@
     sparse_tiles.py ... layouts of the neighbor table that the GEMMs read
     sparse_reference.py ... its reference
     norm_relu.py    batch normalization over voxels, residual and ReLU, for training
+    sparse_layers.py convolutions with norm_relu, one after the other, in one op, for training
     tuning.py       autotuning of an op's launch parameters, saved in a file; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     pixel_sum.py    ... its gradients on coarse levels, summed in a fixed order

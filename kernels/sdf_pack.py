@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
+from unipad.kernels.backend import jit, on_triton, pick, tl, triton, without_autocast
 from unipad.kernels.sdf_field import COLORS, DIRECTION, GRADIENT, INPUTS, ONE, POINT, padded_width, precision
 from unipad.kernels.sdf_reference import fold
 from unipad.kernels.sdf_weights import places, to_tf32
@@ -200,15 +200,6 @@ def _by_kind(prefix, tensors, sdf_layers):
 
 
 @triton.jit
-def _pick(ptrs, i):
-    """ptrs[i], where i is known only at run time."""
-    ptr = ptrs[0]
-    for k in tl.static_range(1, len(ptrs)):
-        ptr = tl.where(i == k, ptrs[k], ptr)
-    return ptr
-
-
-@triton.jit
 def _place(
     layer, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr,
@@ -277,8 +268,8 @@ def _pack_fwd_kernel(
 ):  # fmt: skip
     layer, at = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK
     is_rgb, l, begin, rows, N, moved, stride, K = _place(layer, CHANNELS, HIDDEN, C, H, SDF_LAYERS, RGB_LAYERS)
-    p_ptr, q_ptr = _pick(p_ptrs, is_rgb), _pick(q_ptrs, is_rgb)
-    c_ptr, d_ptr, w_ptr, b_ptr = _pick(c_ptrs, layer), _pick(d_ptrs, layer), _pick(w_ptrs, layer), _pick(b_ptrs, layer)
+    p_ptr, q_ptr = pick(p_ptrs, is_rgb), pick(q_ptrs, is_rgb)
+    c_ptr, d_ptr, w_ptr, b_ptr = pick(c_ptrs, layer), pick(d_ptrs, layer), pick(w_ptrs, layer), pick(b_ptrs, layer)
     ordered_ptr = tl.where(is_rgb, rgb_w_ptr, sdf_w_ptr) + begin
     second_order = tl.where(is_rgb, (RGB_LAYERS - 1) * H + COLORS, SDF_LAYERS * H + 1) * stride  # where it begins
     column, e = _columns(at, is_rgb, CHANNELS, HIDDEN, C, H, BLOCK)
@@ -312,12 +303,12 @@ def _pack_bwd_kernel(
 ):  # fmt: skip
     layer, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     is_rgb, l, begin, rows, N, moved, stride, K = _place(layer, CHANNELS, HIDDEN, C, H, SDF_LAYERS, RGB_LAYERS)
-    w_ptr = _pick(w_ptrs, layer)
+    w_ptr = pick(w_ptrs, layer)
     up_ptr = tl.where(is_rgb, up_rgb_ptr, up_sdf_ptr) + begin
     h = tl.arange(0, H).to(tl.int64)
     if block <= H // BLOCK:  # rows of W_l and b_l, of which a last layer may have 1 + HIDDEN
-        p_ptr, q_ptr = _pick(p_ptrs, is_rgb), _pick(q_ptrs, is_rgb)
-        c_ptr, d_ptr = _pick(c_ptrs, layer), _pick(d_ptrs, layer)
+        p_ptr, q_ptr = pick(p_ptrs, is_rgb), pick(q_ptrs, is_rgb)
+        c_ptr, d_ptr = pick(c_ptrs, layer), pick(d_ptrs, layer)
         n = block * BLOCK + tl.arange(0, BLOCK)[:, None]
         n_ok = n < rows
         copied = n_ok & (h[None, :] < tl.where(l > 0, HIDDEN, 0))
@@ -330,8 +321,8 @@ def _pack_bwd_kernel(
             up = tl.load(up_ptr + _places(n, j, N, moved, stride)[0], mask=n_ok, other=0.0)
             d_w = tl.dot(up, tl.trans(source), d_w, input_precision="ieee")
             d_b += tl.sum(tl.where(e == ONE, up, 0.0), axis=1)
-        tl.store(_pick(d_w_ptrs, layer) + n * HIDDEN + h[None, :], d_w, mask=n_ok & (h[None, :] < HIDDEN))
-        tl.store(_pick(d_b_ptrs, layer) + n, d_b[:, None], mask=n_ok)
+        tl.store(pick(d_w_ptrs, layer) + n * HIDDEN + h[None, :], d_w, mask=n_ok & (h[None, :] < HIDDEN))
+        tl.store(pick(d_b_ptrs, layer) + n, d_b[:, None], mask=n_ok)
     else:  # columns of S_l
         begin_column = H + (block - H // BLOCK - 1) * BLOCK
         column, e = _columns(begin_column, is_rgb, CHANNELS, HIDDEN, C, H, BLOCK)
@@ -345,7 +336,7 @@ def _pack_bwd_kernel(
             d_source = tl.dot(tl.trans(w), up, d_source, input_precision="ieee")
         k = h[:, None]
         of_c, of_p, of_d, of_q = _parts(column, e, k, l, HIDDEN)
-        tl.store(_pick(d_c_ptrs, layer) + k * K + column, d_source, mask=of_c)
-        tl.store(_pick(d_p_ptrs, is_rgb) + 3 * k + e - POINT, d_source, mask=of_p)
-        tl.store(_pick(d_d_ptrs, layer) + k + 0 * e, d_source, mask=of_d)
-        tl.store(_pick(d_q_ptrs, is_rgb) + k + 0 * e, d_source, mask=of_q)
+        tl.store(pick(d_c_ptrs, layer) + k * K + column, d_source, mask=of_c)
+        tl.store(pick(d_p_ptrs, is_rgb) + 3 * k + e - POINT, d_source, mask=of_p)
+        tl.store(pick(d_d_ptrs, layer) + k + 0 * e, d_source, mask=of_d)
+        tl.store(pick(d_q_ptrs, is_rgb) + k + 0 * e, d_source, mask=of_q)

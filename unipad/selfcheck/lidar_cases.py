@@ -7,6 +7,7 @@ import torch
 
 from unipad.kernels.norm_relu import norm_relu, norm_relu_ref
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
+from unipad.kernels.sparse_layers import Layer, sparse_layers, sparse_layers_ref
 from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
@@ -190,6 +191,29 @@ def sparse_cases(size, recipe):
 
         return make
 
+    def block_inputs(number):
+        make, width = inputs("submanifold", number, THREE, WIDTHS[number], WIDTHS[number]), WIDTHS[number]
+
+        def block(device, dtype):
+            given = make(device, dtype)
+            # as above
+            norm = dict(norm_weights=[torch.rand(width, device=device) + 0.5 for _ in range(2)],
+                        norm_biases=[torch.full((width,), 8.0, device=device) for _ in range(2)])  # fmt: skip
+            weights = [given["weight"], given["weight"].flip(0)]
+            return dict(features=given["features"], weights=weights, table=given["neighbor_idx"]) | norm
+
+        return block
+
+    def as_block(op):
+        """`op` on the two layers of a residual block."""
+
+        def run(features, weights, norm_weights, norm_biases, table):
+            table = NeighborTable.of(table)
+            layers = zip(weights, norm_weights, norm_biases, (False, True), strict=True)
+            return op(features, [Layer(*layer, table, None, 1e-3, skips=skips) for *layer, skips in layers])
+
+        return run
+
     def conv(dtypes, name, *what):
         """what: kind, stage from 0, kernel, c_in, c_out, as `inputs` takes them."""
         wrt = ("features", "weight")
@@ -219,3 +243,7 @@ def sparse_cases(size, recipe):
     for number in (0, 3):
         names = "x", "weight", "bias", "residual"
         yield Case(f"norm_relu {WIDTHS[number]}", size, "bf16", norm_inputs(number), norm_relu, norm_relu_ref, names)
+        # not of the biases: the second norm subtracts most of what the first one's does
+        names = "features", "weights", "norm_weights"
+        op, ref = as_block(sparse_layers), as_block(sparse_layers_ref)
+        yield Case(f"sparse_layers {WIDTHS[number]}", size, "bf16", block_inputs(number), op, ref, names)

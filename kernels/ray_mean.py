@@ -26,7 +26,8 @@ def ray_mean(of_ray: Tensor, of_volume: Tensor, count: int | Tensor = 1) -> Tens
     Returns:
         mean: [] scalar.
 
-    Differentiable once w.r.t. `of_ray`. Deterministic. Raises AssertionError if shapes or types do not match.
+    Differentiable once w.r.t. `of_ray`. Deterministic. Above MAX_VALUES entries of `of_volume`, such as those of all
+    LiDAR points, the reference runs. Raises AssertionError if shapes or types do not match.
     """
     R = len(of_ray)
     fits = of_ray.shape == (R,) and of_volume.dim() == 2 and of_volume.shape[1] == R and len(of_volume)
@@ -34,7 +35,7 @@ def ray_mean(of_ray: Tensor, of_volume: Tensor, count: int | Tensor = 1) -> Tens
     shapes = [tuple(t.shape) for t in (of_ray, of_volume, count) if torch.is_tensor(t)]
     assert fits, f"of_ray, of_volume, count of {shapes} do not match: [R], [B, R], [R], B > 0"
     assert of_ray.dtype == of_volume.dtype, f"of_ray is {of_ray.dtype}, of_volume {of_volume.dtype}"
-    if not on_triton(of_ray) or not R:
+    if not on_triton(of_ray) or not 0 < of_volume.numel() <= MAX_VALUES:
         return ray_mean_ref(of_ray, of_volume, count)
     return RayMean.apply(of_ray, of_volume, count)
 
@@ -72,6 +73,7 @@ class RayMean(torch.autograd.Function):
 
 
 BLOCK = 2048  # rays x volumes at once, of the one program
+MAX_VALUES = 2**15  # rays x volumes; untuned: with more, one program takes longer than it saves in launches
 
 
 @jit(varying=("R", "K"))

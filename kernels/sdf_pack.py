@@ -36,6 +36,16 @@ class Packed(NamedTuple):
     sdf: Tensor  # [(L - 1) H + 1 + H, H + C + INPUTS] the distance MLP by rows
     sdf_w: Tensor  # [2, *sdf.shape] in both orders of sdf_weights.py, rounded to tf32 where products are in tf32
     rgb_w: Tensor  # [2, (L - 1) H + COLORS, H + C + H + INPUTS] the color MLP likewise; empty without one
+    exact: bool
+    sizes: dict  # CHANNELS, HIDDEN, C, H, SDF_LAYERS and RGB_LAYERS, 0 without a color MLP
+
+    def check(self, sdf_mlp, rgb_mlp, channels, exact):
+        """Raises AssertionError unless it was packed with `exact` from MLPs of these sizes, and with a color MLP if
+        there is one here. Values are not compared."""
+        assert self.exact == exact, f"`packed` was made with exact={self.exact}, not {exact}"
+        expected, sizes = _sizes(sdf_mlp, rgb_mlp, channels), self.sizes
+        sizes = sizes if rgb_mlp is not None else sizes | dict(RGB_LAYERS=0)
+        assert sizes == expected, f"`packed` was made from other MLPs: {sizes}, not {expected}"
 
 
 def pack(sdf_mlp: Sequence[Tensor], rgb_mlp: Sequence[Tensor] | None, channels: int, exact: bool = False) -> Packed:
@@ -69,7 +79,7 @@ def pack(sdf_mlp: Sequence[Tensor], rgb_mlp: Sequence[Tensor] | None, channels: 
         **_by_kind("", tensors, sdf_layers), sdf_ptr=sdf, sdf_w_ptr=sdf_w, rgb_w_ptr=rgb_w, **sizes,
         ROUND=precision(exact) == "tf32", BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
-    return Packed(sdf, sdf_w, rgb_w)
+    return Packed(sdf, sdf_w, rgb_w, exact, sizes)
 
 
 @without_autocast
@@ -83,7 +93,7 @@ def pack_ref(sdf_mlp, rgb_mlp, channels, exact=False):
     if precision(exact) == "tf32" and sdf.dtype == torch.float32:
         # to the nearest number with 10 bits of mantissa, ties away from 0
         sdf_w, rgb_w = (((w.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) for w in (sdf_w, rgb_w))
-    return Packed(sdf, sdf_w, rgb_w)
+    return Packed(sdf, sdf_w, rgb_w, exact, _sizes(sdf_mlp, rgb_mlp, channels))
 
 
 def pack_bwd(
@@ -204,8 +214,14 @@ def _place(
     layer, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr,
 ):  # fmt: skip
-    """Of a layer, counted through both MLPs: whether it is the color MLP's, and l; where it begins in the packed MLP;
-    its rows; with padding N, and `moved` (1 or 0) before them, which `_places` moves; its packed columns; K."""
+    """Of a layer, counted through both MLPs:
+
+    is_rgb, l:   whether it is the color MLP's, and its number there.
+    begin:       where it begins in the packed MLP.
+    rows, N:     rows without and with padding.
+    moved:       rows before these, 1 or 0, which `_places` moves.
+    stride, K:   packed columns, entries of c.
+    """
     is_rgb = layer >= SDF_LAYERS
     l = layer - tl.where(is_rgb, SDF_LAYERS, 0)
     is_last = l == tl.where(is_rgb, RGB_LAYERS, SDF_LAYERS) - 1

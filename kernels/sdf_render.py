@@ -99,13 +99,16 @@ def sdf_render(
     Differentiable once, through every output, w.r.t. `volume`, the MLPs and `density_param`. fp32. The host never waits
     for the device. Kernels add atomically to the gradient of `volume`, so its last bits vary from run to run; under
     `torch.use_deterministic_algorithms(True)` samples are sorted by cell and summed instead. Raises AssertionError if
-    shapes do not match, `kernels_support` is False for the field, or `stop` is above 0 with gradients enabled.
+    shapes do not match, `packed` is of other sizes or another `exact`, `kernels_support` is False for the field, or
+    `stop` is above 0 with gradients enabled.
     """
     _check(volume, rays, edges, mlps, density_param, cells, method)
     assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
     if not on_triton(volume):
         return sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method)
-    if packed is None and len(edges):  # without rays nothing is launched
+    if packed is not None:
+        packed.check(*mlps, volume.shape[4], exact)
+    elif len(edges):  # without rays nothing is launched
         packed = pack(*mlps, volume.shape[4], exact)
     (origins, directions, volume_idx, hit), (cells_per_unit, cell_offset) = rays, cells
     ray_tensors = dict(
@@ -142,7 +145,7 @@ def sdf_values(
     """Signed distance [R, S] at `starts` [R, S] along the rays; arguments as for `sdf_render`, `rays` without `hit`.
 
     Not differentiable: used to search for the surface along rays. packed: with or without a color MLP. Raises
-    AssertionError if shapes do not match.
+    AssertionError if shapes do not match, or `packed` is of other sizes or another `exact`.
     """
     _check_field(volume, rays, starts, sdf_mlp, cells)
     if not on_triton(volume):
@@ -151,7 +154,10 @@ def sdf_values(
     R, S = starts.shape
     sdf = starts.new_empty(R, S)
     if sdf.numel():
-        packed = pack(sdf_mlp, None, volume.shape[4], exact) if packed is None else packed
+        if packed is None:
+            packed = pack(sdf_mlp, None, volume.shape[4], exact)
+        else:
+            packed.check(sdf_mlp, None, volume.shape[4], exact)
         sizes = _sizes(volume, (sdf_mlp, None))
         cells_per_unit, cell_offset = cells
         launch = tile_launch(sizes, "BLOCK_M", SEARCH_BLOCK)

@@ -22,8 +22,8 @@ harmless, but no check can detect it:
 
     LiDAR      another coordinate or intensity within the sensor's range; blocks of zeros, since some sensors write
                zeros for rays without a return; a range removed, if the size still is that of whole points
-    JPEG       other coefficients. libjpeg notices most damage of more than one bit, which is printed with the file's
-               name, but the image is used as if it were intact
+    JPEG       other coefficients. libjpeg notices most damage of more than one bit and prints a warning without the
+               file's name, but OpenCV returns the image as if it were intact
     lidarseg   another class, also 0 (unlabeled) in the whole file; no lidarseg.json
     JSON       another number or name that is possible; a record that no other refers to, missing, repeated or moved
     any        replaced by another file of its kind

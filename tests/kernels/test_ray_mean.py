@@ -3,7 +3,7 @@ import torch
 
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
-from unipad.kernels.ray_mean import ray_mean, ray_mean_ref
+from unipad.kernels.ray_mean import MAX_VALUES, ray_mean, ray_mean_ref
 
 
 def launch(B, counts, **limits):
@@ -31,14 +31,25 @@ def inputs_of(R, B, counts, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("counts", [False, True])
-@pytest.mark.parametrize("R, B", [(1, 1), (7, 3), (2048, 1), (2049, 1), (512, 4), (513, 3), (3, 9), (0, 2)])
+@pytest.mark.parametrize(
+    "R, B",
+    [(1, 1), (7, 3), (2048, 1), (2049, 1), (512, 4), (513, 3), (3, 9), (5000, 3), (3, 2500), (0, 2)],
+)
 def test_ray_mean_matches_reference(R, B, counts, dtype, device):
-    """One, odd numbers, exactly a block and one more; volumes without rays; none at all."""
+    """One, odd numbers, exactly a block and one more, many blocks; more volumes than a block; volumes without rays;
+    none at all."""
     inputs = inputs_of(R, B, counts, device)
     with launches() as launched:
         # magnitude: positive and negative values nearly cancel in a mean
         check_against_ref(ray_mean, ray_mean_ref, inputs, dtype, wrt=["of_ray"], magnitude=0.1)
     assert bool(launched) == bool(R)
+
+
+def test_more_than_one_program_should_add_up_runs_the_reference(device):
+    inputs = inputs_of(MAX_VALUES // 4, 5, True, device)
+    with launches() as launched:
+        out = ray_mean(**inputs)
+    assert not launched and torch.equal(out, ray_mean_ref(**inputs))
 
 
 @pytest.mark.parametrize("fn", [ray_mean, ray_mean_ref])

@@ -16,6 +16,7 @@ from unipad.kernels import sdf_render as sdf_render_module
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
 from unipad.kernels.sdf_field import BLOCK_S, SEARCH_BLOCK, WIDE_WARPS, tile_launch
+from unipad.kernels.sdf_pack import pack
 from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from unipad.kernels.trilinear import trilinear_ref
 from unipad.model.rays import Rays
@@ -410,6 +411,10 @@ def test_sdf_values_match_the_formulas():
         assert_close_to_max(fn(inputs["volume"], rays, starts, inputs["sdf_mlp"], cells, exact=True), truth, 1e-5)
     nothing = sdf_values(inputs["volume"], [t[:0] for t in rays], starts[:0], inputs["sdf_mlp"], cells)
     assert nothing.shape == (0, 17)
+    # also packed with a color MLP
+    packed = pack(inputs["sdf_mlp"], inputs["rgb_mlp"], 32, exact=True)
+    given = inputs["volume"], rays, starts, inputs["sdf_mlp"], cells, True
+    assert torch.equal(sdf_values(*given, packed), sdf_values(*given))
 
 
 def test_rejects_invalid_arguments():
@@ -427,6 +432,29 @@ def test_rejects_invalid_arguments():
     with pytest.raises(AssertionError, match="no gradients"):
         adapted(sdf_render, stop=1e-4)(**inputs)
     assert not kernels_support("unisurf", torch.float32, channels=32, hidden=16, sdf_layers=6, rgb_layers=4)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(exact=True), "made with exact=True, not False"),
+        (dict(sdf_layers=3), "made from other MLPs"),
+        (dict(rgb_layers=3), "made from other MLPs"),
+        (dict(rgb_layers=0), "made from other MLPs"),
+        (dict(hidden=15), "made from other MLPs"),  # padded to the same 16
+    ],
+)
+def test_rejects_what_was_packed_for_something_else(wrong, message):
+    sizes, exact = dict(sdf_layers=2, rgb_layers=2), wrong.get("exact", False)
+    inputs = make_inputs(R=2, S=3, **sizes)
+    others = make_inputs(R=2, S=3, **sizes | wrong) if not exact else inputs
+    packed = pack(others["sdf_mlp"], others["rgb_mlp"], 32, exact)
+    with pytest.raises(AssertionError, match=message):
+        adapted(sdf_render, packed=packed)(**inputs)
+    if "rgb_layers" not in wrong:  # `sdf_values` reads the distance MLP only
+        rays, cells = (inputs["origins"], inputs["directions"], inputs["volume_idx"]), (CELLS_PER_UNIT, CELL_OFFSET)
+        with pytest.raises(AssertionError, match=message):
+            sdf_values(inputs["volume"], rays, inputs["edges"], inputs["sdf_mlp"], cells, packed=packed)
 
 
 def test_reproduces_the_original_renderer(monkeypatch):

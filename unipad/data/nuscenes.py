@@ -18,9 +18,7 @@ import hashlib
 import io
 import os
 import sys
-import threading
 from collections import Counter
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -292,49 +290,13 @@ def _decoded(path, data):
     content = data.tobytes()
     if content.startswith(b"\xff\xd8") and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
         raise BadFrame(path, "the JPEG is truncated")
-    printed = []
     try:
-        with _stderr_of_libraries(printed):
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         image = None
     if image is None:
         raise BadFrame(path, "is damaged, or of a format that OpenCV cannot read")
-    for line in printed:
-        print(f"{path}: {line}", file=sys.stderr)
     return image
-
-
-@contextmanager
-def _stderr_of_libraries(lines):
-    """Inside this context, what is written to the file of stderr is appended to `lines` instead.
-
-    There, and nowhere else, libjpeg and libpng report damage that they can skip ("Corrupt JPEG data: premature end of
-    data segment"), without the name of the file.
-    """
-    if sys.stderr is None:  # the program was started without one
-        yield
-        return
-    with _redirecting:
-        sys.stderr.flush()
-        before = os.dup(2)
-        read, write = os.pipe()
-        # they write a line or two: should a pipe ever be full, the rest is lost
-        os.set_blocking(write, False)
-        os.set_blocking(read, False)
-        os.dup2(write, 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(write)
-            os.close(before)
-            with suppress(BlockingIOError):  # nothing was written
-                lines += os.read(read, 2**16).decode(errors="replace").splitlines()
-            os.close(read)
-
-
-_redirecting = threading.Lock()  # of two threads at once, one would restore the other's pipe
 
 
 def _load_points(path):

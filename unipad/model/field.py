@@ -105,4 +105,5 @@ class Decoder(nn.Module):
         # from the dictionaries: of a module, reading an attribute that is a parameter takes a microsecond
         own = self._modules
         layers = [layer for l, fc in enumerate(own["fc_c"]) for layer in (fc, own[f"lin{l}"])]
-        return [t for layer in (own["fc_p"], *layers) for t in layer._parameters.values()]  # weight, bias
+        parameters = [layer._parameters for layer in (own["fc_p"], *layers)]
+        return [t for of_layer in parameters for t in (of_layer["weight"], of_layer["bias"])]

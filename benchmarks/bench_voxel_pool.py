@@ -1,7 +1,7 @@
 """voxel_pool: kernel, reference and peers; then with more and fewer views, voxels and channels.
 
     python -m benchmarks.bench_voxel_pool
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_voxel_pool --paper      on a CPU: paper size too, for many minutes
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_voxel_pool --paper      on a CPU: paper size too, over 70 s
 
 At paper size, the peer's products of features and probabilities alone are a million points x 256 channels, 1 GB.
 Peers: UniPAD's formulas, eager and compiled; on a GPU BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is installed.

@@ -78,16 +78,22 @@ def sparse_layers_ref(features, layers, residual=None, dtype=None):
 
 def _check(features, layers, residual):
     """Features and residual in the type that is computed in, after checks."""
+    assert features.dim() == 2 and features.is_floating_point(), f"features {tuple(features.shape)} {features.dtype}"
     if features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     before, (N, I) = None, features.shape  # before: shape of the input of the layer before
     for layer in layers:
+        assert layer.weight.dim() == 5 and layer.weight.is_floating_point(), (
+            f"weights are [O, kz, ky, kx, I] of a floating type, not {tuple(layer.weight.shape)} {layer.weight.dtype}"
+        )
         O, *_, C = layer.weight.shape
         K, M = layer.table.idx.shape
         assert C == I, f"a layer of {C} input channels follows {I} channels"
         assert K == layer.weight.shape[1:4].numel(), f"a table of {K} offsets for weights {tuple(layer.weight.shape)}"
         inverse = layer.table if layer.inverse is None else layer.inverse
         fits = inverse.idx.shape == (K, N)
+        dtypes = layer.table.idx.dtype, inverse.idx.dtype
+        assert dtypes == (torch.int32, torch.int32), f"tables are int32, not {dtypes}"
         assert fits, f"the inverse table is {tuple(inverse.idx.shape)}, not {(K, N)}, of {K} offsets and {N} rows"
         assert layer.norm_weight.shape == layer.norm_bias.shape == (O,), f"weight and bias of the norm are not [{O}]"
         check_running(layer.running, O)

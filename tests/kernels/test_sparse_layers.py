@@ -250,6 +250,8 @@ def test_rejects_invalid_arguments(device):
         ([layer._replace(weight=layer.weight[..., 1:])], None, "4 input channels follows 5"),
         ([layer._replace(table=NeighborTable(table[1:]))], None, "26 offsets"),
         ([layer._replace(inverse=NeighborTable(table[:, 1:]))], None, "inverse table is"),
+        ([layer._replace(table=NeighborTable(table.long()))], None, "tables are int32"),
+        ([layer._replace(weight=layer.weight[0])], None, "weights are"),
         ([layer._replace(norm_bias=c[1:])], None, r"norm are not \[5\]"),
         ([layer._replace(running=(c, c[1:], c))], None, "running statistics"),
         ([layer._replace(skips=True)], None, "cannot add None"),

@@ -331,11 +331,11 @@ def run_steps(
 def _layers(steps, x):
     """(The first steps as layers of `sparse_layers`, as many as can be one op; voxels of these steps, and maybe of the
     next, which has to find them again). A first step that skips is alone: the caller adds the residual."""
-    layers, sets = [], [x.voxels]
+    layers, sets = [], []
     for conv, norm, skips in steps:
         if not norm.training or conv.bias is not None or layers and steps[0].skips:
             break
-        voxels, table = conv.output_voxels_and_table(sets[-1])
+        voxels, table = conv.output_voxels_and_table(sets[-1] if sets else x.voxels)
         sets.append(voxels)
         if table is None or voxels.coords.shape[0] < 2:
             break
@@ -346,7 +346,7 @@ def _layers(steps, x):
     # a step that skips adds the input of the step before it, which must not be inside of an op
     while 1 < len(layers) < len(steps) and steps[len(layers)].skips:
         layers.pop()
-    return layers, sets[1:]
+    return layers, sets
 
 
 def _run_step(step, x, residual):
@@ -368,7 +368,8 @@ def _run_step(step, x, residual):
 def in_fp32(stem: "ConvNormReLU", x: SparseTensor) -> SparseTensor:
     """stem(x), an encoder's first convolution, computed in fp32; its result in autocast's dtype.
 
-    The features that it reads include coordinates, and bf16 resolves 50 m only in steps of 25 cm.
+    The features that it reads include coordinates, and bf16 resolves 50 m only in steps of 25 cm. As one op, it rounds
+    its result to autocast's type once; its gradient then comes in that type too, also in fp16.
     """
     device = x.features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -47,7 +47,7 @@ def precision(exact):
 BLOCK_S = 16  # samples per tile: the rows of a matrix instruction of one warp; for one warp, more would spill registers
 SEARCH_BLOCK = 32  # ... in `sdf_values`, which keeps less in registers
 MAX_NARROW = tl.constexpr(32)  # fields with more channels or hidden units ("wide") use more warps
-# With 4, the distance's backward would need less stack, 104 bytes instead of 184 (tf32, sm_90), but all warps of the
+# With 4, the distance's backward would need less stack, 104 bytes instead of 200 (tf32, sm_90), but all warps of the
 # forward would compute the same
 WIDE_WARPS = 8
 PER_MULTIPROCESSOR = 8  # warps, of programs that sum gradients: as many as have room for 255 registers a thread

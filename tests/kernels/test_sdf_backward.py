@@ -41,6 +41,7 @@ from unipad.model.render import Renderer
 
 # the volume's gradient: by atomic adds, or summed by `cell_sum` under strict determinism
 ADD, BY_CELL = dict(SCATTER=True), dict(SCATTER=False)
+WIDE_SHALLOW = WIDE_EXACT | SHALLOW
 # checked by tests/test_compiles.py; columns, constexprs and the reason for the stacks: see test_sdf_render.py
 LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE, NVIDIA, 255, 8192, 100, "HMMA"),
@@ -50,10 +51,10 @@ LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 112, "HMMA"),  # 64 on sm_90
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 300, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 49152, 184, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 33792, 200, "HMMA", WIDE_WARPS),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL | IEEE, AMD),
@@ -61,14 +62,15 @@ LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | VOLSDF, HOPPER, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE | VOLSDF, HOPPER, 80, 256),
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | FEWER, HOPPER, 255, 8192, 100, "HMMA"),
+    # 12 bytes more than with several voxels may have: the compiler's choice of what to spill, for a volume of no use
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | ONE_VOXEL, HOPPER, 255, 8192, 112, "HMMA"),
-    launch("_sdf_render_bwd_rgb_kernel", WIDE_EXACT | SHALLOW | TILE, HOPPER, 255, 98304, 0, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE_SHALLOW | TILE, HOPPER, 255, 16384, 2584, "HMMA", WIDE_WARPS),
     launch("_sdf_render_bwd_rgb_kernel", WIDE | TILE | IEEE, AMD, warps=WIDE_WARPS),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | FEWER, HOPPER, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL | FEWER, HOPPER, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | ONE_VOXEL, HOPPER, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", WIDE_EXACT | SHALLOW | TILE | ADD, HOPPER, 255, 98304, 0, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_bwd_sdf_kernel", WIDE_SHALLOW | TILE | ADD, HOPPER, 255, 33792, 592, "HMMA", WIDE_WARPS),
     launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD | IEEE, AMD, warps=WIDE_WARPS),
 ]
 

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import sparse_gemm, sparse_tiles
+from unipad.kernels.sparse_layers import MAX_ALIKE
 from unipad.kernels.sparse_map import inverse_map, strided_map, submanifold_map
 from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.voxel_keys import sort_voxels
@@ -237,7 +238,8 @@ def print_layers(all_layers):
         costs = {name: gather_gemm(table, c_in, c_out) for name, table, _, c_in, c_out in layer.passes()}
         grouped = sparse_gemm._in_groups(DTYPE, len(layer.table), layer.c_in, layer.c_out, layer.inverse is layer.table)
         count_d_weight = d_weight_of_groups if grouped else d_weight
-        costs["d_weight"] = count_d_weight(layer.table, layer.c_in, layer.c_out, layer.times)
+        alike = min(layer.times, MAX_ALIKE)  # in one launch
+        costs["d_weight"] = count_d_weight(layer.table, layer.c_in, layer.c_out, alike)
         for name, c in costs.items():
             mb = torch.tensor([c.bytes_cached, c.bytes_uncached, c.bytes_minimum], dtype=torch.float64) / 1e6
             total += layer.times * torch.cat([torch.tensor([gflop, gflop * c.padded_waste]), mb])

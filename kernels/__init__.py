@@ -25,6 +25,7 @@
     ray_features.py features of a volume along rays, summed with the weights of the samples
     depth_range.py  rendered depths clamped to the range of the samples in their volume
     warp.py         the ends of rays carried into source images, and their colors there
+    ray_mean.py     means over the rays of each volume
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel

@@ -26,9 +26,9 @@ def gather_gemm(
     mirrored:   the table's offsets are in the reverse order of the weights'.
     transposed: the weights are [I, K, O], as for the gradient of the features.
     act:        scale, shift, residual and relu of `sparse_conv_act`; tensors are contiguous.
-    with_moments: return ([M, O], `moments` of `norm_relu_fwd` or None): a part is a tile.
+    with_moments: return ([M, O], `moments` of `norm_relu_fwd`): a part is a tile.
     norm:       x, statistics and out of a `norm_relu` whose d_out is computed: return ([M, O], `sums` of
-                `norm_relu_bwd` or None). With too many tiles, moments and sums are None.
+                `norm_relu_bwd`). With too many tiles, `moments` and `sums` are None.
 
     Every output is summed by one program, in the order of the offsets. If anything is empty, returns zeros, without
     `act`.
@@ -66,6 +66,8 @@ def gather_gemm(
     flags = mirrored, transposed, with_moments, relu, *given
     kind = "gather_gemm", features.dtype, allow_tf32, *flags, K, I, O, M
     candidates = _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32)
+    if with_moments or norm:  # a candidate with too many tiles would leave the sums to a launch that is not timed
+        candidates = [blocks for blocks in candidates if cdiv(M, blocks.m) <= MAX_TILES] or candidates
     parts = launch(tuning.choose(kind, candidates, run_trial, features.device))
     return (out, parts) if with_moments or norm else out
 
@@ -180,7 +182,8 @@ STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
 FEW_ROWS = 8192
 BLOCK_R = 64  # pairs, or rows of a part, per step of the gradient of the weights
 MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
-# Chunks (not counting the last of an offset) x tiles of channels, at most; about eight per multiprocessor of an H100
+# Chunks (not counting the last of an offset) x tiles of channels, at most, of each layer; of one, about eight per
+# multiprocessor of an H100
 PROGRAMS = 1024
 MAX_PARTIAL = 2**23  # partial sums of these chunks, at most: 32 MB, which stay in the L2
 GROUP_OF = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once

@@ -55,7 +55,8 @@ def sparse_layers(
 
     Differentiable once w.r.t. features, residual, and the weights and biases of all layers. Accumulates in fp32.
     Autocast casts the features. Deterministic. Not for compiled code. Running statistics are updated in place; without
-    rows they are unchanged. Raises AssertionError if shapes or types do not match.
+    rows they are unchanged. Until its backward, an op holds what the backward reads of all of its layers: the result of
+    each convolution and of each norm. Raises AssertionError if shapes or types do not match.
     """
     features, residual = _check(features, layers, residual)
     on_reference = features.dtype == torch.float64 or not on_triton(features)
@@ -77,16 +78,22 @@ def sparse_layers_ref(features, layers, residual=None, dtype=None):
 
 def _check(features, layers, residual):
     """Features and residual in the type that is computed in, after checks."""
+    assert features.dim() == 2 and features.is_floating_point(), f"features {tuple(features.shape)} {features.dtype}"
     if features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     before, (N, I) = None, features.shape  # before: shape of the input of the layer before
     for layer in layers:
+        assert layer.weight.dim() == 5 and layer.weight.is_floating_point(), (
+            f"weights are [O, kz, ky, kx, I] of a floating type, not {tuple(layer.weight.shape)} {layer.weight.dtype}"
+        )
         O, *_, C = layer.weight.shape
         K, M = layer.table.idx.shape
         assert C == I, f"a layer of {C} input channels follows {I} channels"
-        assert K == layer.weight[0, ..., 0].numel(), f"a table of {K} offsets for weights {tuple(layer.weight.shape)}"
+        assert K == layer.weight.shape[1:4].numel(), f"a table of {K} offsets for weights {tuple(layer.weight.shape)}"
         inverse = layer.table if layer.inverse is None else layer.inverse
         fits = inverse.idx.shape == (K, N)
+        dtypes = layer.table.idx.dtype, inverse.idx.dtype
+        assert dtypes == (torch.int32, torch.int32), f"tables are int32, not {dtypes}"
         assert fits, f"the inverse table is {tuple(inverse.idx.shape)}, not {(K, N)}, of {K} offsets and {N} rows"
         assert layer.norm_weight.shape == layer.norm_bias.shape == (O,), f"weight and bias of the norm are not [{O}]"
         check_running(layer.running, O)
@@ -141,7 +148,10 @@ class SparseLayers(torch.autograd.Function):
         sums = None  # of the norm's gradient, see `norm_relu_bwd`
         d_skipped = None  # gradient of the layer's input from the layer after it, which adds that input
         pending = {}  # number of a layer -> (its input, dL/dx); their weights' gradients are computed together
-        for l, layer in reversed(list(enumerate(layers))):
+        # the first layer with a gradient that is needed; a residual's is the last layer's
+        needed = (i // 3 for i, needs in enumerate(needs_parameter) if needs)
+        first = 0 if needs_features else min(needed, default=len(layers) - 1)
+        for l, layer in reversed(list(enumerate(layers))[first:]):
             rounded, norm_weight, x, statistics, y = saved[l]
             mirrored = layer.inverse is None
             adds = layer.skips or (ctx.has_residual and l == len(layers) - 1)
@@ -151,14 +161,15 @@ class SparseLayers(torch.autograd.Function):
                 d_residual = d_added
             if needs_parameter[3 * l]:
                 pending[l] = saved[l - 1][-1] if l else features, d_x
-            if pending and not (l and len(pending) < MAX_ALIKE and _alike(layer, layers[l - 1])):
+            if pending and not (l > first and len(pending) < MAX_ALIKE and _alike(layer, layers[l - 1])):
                 d_weights = d_weight_of(list(pending.values()), layer.table, layer.allow_tf32, submanifold=mirrored)
                 for i, d_weight in zip(pending, d_weights, strict=True):
+                    # one of fp32 is a view: as long as it lives, so do those of the layers computed with it
                     d_parameters[3 * i] = d_weight.view_as(layer.weight).to(layer.weight.dtype)
                 pending = {}
             inverse, act = layer.table if mirrored else layer.inverse, (None, None, d_skipped, False)
             gemm = partial(gather_gemm, d_x, rounded.flatten(1, 3), inverse, layer.allow_tf32, mirrored, True, act)
-            if l:
+            if l > first:
                 _, _, *norm = saved[l - 1]  # x, statistics and y, whose gradient is computed
                 d_y, sums = gemm(norm=norm)
             elif needs_features:

@@ -272,6 +272,22 @@ def test_rays_that_miss_do_not_count(method):
         assert_close_to_max(value, expected[name], 1e-8, name)
 
 
+def test_the_eager_peer_renders_volumes_that_no_ray_hits():
+    """One that its rays miss, and one without rays: as `Renderer`, losses included."""
+    volume, rays = random_scene()
+    rays = rays[rays.volume_idx == 0]
+    rays = Rays(rays.origins + 30, rays.directions, rays.depth.abs(), rays.rgb, rays.volume_idx)
+    renderer = Renderer(SMALL, SMALL_GRID)
+    eager = EagerRenderer(renderer)
+    ours, theirs = renderer(volume, rays), eager(volume, rays)
+    assert not ours.hit.any() and len(volume) == 2
+    for name in ("rgb", "depth", "weights", "hit", "of_volume"):
+        assert torch.equal(getattr(theirs, name), getattr(ours, name)), name
+    expected = renderer.loss(ours, rays)
+    losses = eager.loss(theirs, rays)
+    assert losses.keys() == expected.keys() and all(losses[name] == expected[name] == 0 for name in losses)
+
+
 def test_only_misses_and_no_rays_at_all():
     volume, rays = random_scene()
     volume.requires_grad_()

@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.check import launches
 from unipad.kernels import backend
+from unipad.model import sparse as sparse_module
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import (
     ConvNormReLU,
@@ -420,6 +421,58 @@ def test_layers_in_one_op_train_alike(make, norms, sums, monkeypatch, device):
         results.append((out, *grads, *twin.buffers()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * max(1, a.abs().max().item()))
+
+
+@pytest.mark.parametrize(
+    "name, frozen, ops",
+    [
+        ("scattered", [], [5]),
+        ("scattered", ["0.bn1"], [1, 3]),  # the second layer skips over the first, which is no part of an op
+        ("scattered", ["0.bn2"], [1, 3]),
+        ("scattered", ["1.1"], [2, 2]),
+        ("scattered", ["2.bn2"], [3, 1]),  # it adds the input of the layer before it, which no op may keep to itself
+        ("one", [], [3]),  # the strided convolution has several output voxels
+        ("none", [], []),
+    ],
+)
+def test_a_frozen_norm_takes_only_its_own_layer_from_an_op(name, frozen, ops, monkeypatch, device):
+    """ops: layers of each op. Outputs, gradients and running statistics are those of PyTorch's operators."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    torch.manual_seed(0)
+    net = SparseStage(SparseBlock(8), ConvNormReLU(SparseConv3d(8, 8, 3, 2, 1, bias=False)), SparseBlock(8)).to(device)
+    x = sparse(name, 8, dtype=torch.float32, device=device)
+    for norm in (m for m in net.modules() if isinstance(m, SparseBatchNorm)):
+        nn.init.constant_(norm.bias, 8)  # as above
+    for norm in frozen:
+        net.get_submodule(norm).eval()
+    monkeypatch.setattr(backend, "interpret", device == "cpu")
+    op, seen, results = sparse_module.sparse_layers, [], []
+
+    def recording(features, layers, *rest):
+        seen.append(len(layers))
+        return op(features, layers, *rest)
+
+    monkeypatch.setattr(sparse_module, "sparse_layers", recording)
+    for context, expected in [(backend.references, []), (nullcontext, ops)]:
+        seen.clear()
+        twin, features = copy.deepcopy(net), x.features.detach().requires_grad_()
+        voxels = VoxelSet(x.voxels.coords, x.voxels.shape, x.voxels.batch_size)
+        with context():
+            out = twin(SparseTensor(features, voxels)).features
+            grads = torch.autograd.grad(out.square().sum(), [features, *twin.parameters()])
+        assert seen == expected
+        results.append((out, *grads, *twin.buffers()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * max([1, *a.abs().flatten().tolist()]))
+
+
+def test_modules_are_called_where_nothing_is_fused():
+    """Hooks and wrappers work there."""
+    net, called = stage(), []
+    for name, module in net.named_children():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    net(sparse("scattered", 16, dtype=torch.float32))
+    assert called == ["0", "1", "2", "3", "4"]
 
 
 def test_norms_with_other_processes_rows_or_modes_are_not_fused(device, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.check import launches
-from unipad.kernels import tuning
+from unipad.kernels import sparse_gemm, tuning
 from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP_OF, STAGES_OF, d_weight_of, gather_gemm
 from unipad.kernels.sparse_tiles import NeighborTable
 
@@ -150,6 +150,22 @@ def test_every_candidate_gives_the_same_result_up_to_rounding(tuning_ends, devic
             tuning.enable(timer=clock)
             torch.testing.assert_close(run(), default, rtol=1e-3, atol=1e-3 * default.abs().max().item())
             assert next(calls) == num_candidates
+
+
+def test_only_candidates_that_compute_the_sums_are_timed(tuning_ends, monkeypatch, device):
+    """The sums that a candidate with too many tiles leaves to another launch would not be timed."""
+    monkeypatch.setattr(sparse_gemm, "MAX_TILES", 1)
+    table = NeighborTable(torch.arange(65, dtype=torch.int32, device=device)[None])
+    x, weight = torch.ones(65, 16, device=device).half(), torch.ones(32, 1, 16, device=device).half()
+    calls = itertools.count()
+
+    def clock(fn):
+        fn()
+        return next(calls)
+
+    tuning.enable(timer=clock)
+    _, (_, rows) = gather_gemm(x, weight, table, allow_tf32=False, with_moments=True)
+    assert rows == 128 and next(calls) == 4  # candidates with tiles of 128 rows
 
 
 def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuning_ends, device):

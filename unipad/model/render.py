@@ -38,8 +38,10 @@ from unipad.kernels.backend import on_triton
 from unipad.kernels.composite import composite
 from unipad.kernels.depth_range import depth_in_range, rows_of_volumes
 from unipad.kernels.ray_features import ray_features
+from unipad.kernels.ray_mean import ray_mean
 from unipad.kernels.ray_sample import clip_rays
 from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
+from unipad.kernels.sdf_pack import pack
 from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_values
 from unipad.model.field import Field
 from unipad.model.photometric import Sources, photometric_error
@@ -122,13 +124,15 @@ class Renderer(nn.Module):
 
             fused = self._fused(volume)
             cells = self.field.cells_per_unit, self.field.cell_offset
-            sdf_mlp = self.field.sdf_decoder.tensors()
+            if fused:
+                rgb_mlp = self.field.rgb_decoder.tensors() if self.cfg.rgb_weight > 0 else None
+                mlps = self.field.sdf_decoder.tensors(), rgb_mlp
+                packed = pack(*mlps, volume.shape[4], self.exact) if len(origins) else None  # for all that follows
 
             def sdf_at(starts):
                 if fused:
-                    return sdf_values(
-                        volume, (origins, directions, rays.volume_idx), starts, sdf_mlp, cells, self.exact
-                    )
+                    bundle = origins, directions, rays.volume_idx
+                    return sdf_values(volume, bundle, starts, mlps[0], cells, self.exact, packed)
                 return self.field.sdf(volume, along(starts), rays.volume_idx)
 
             with torch.no_grad():
@@ -138,11 +142,10 @@ class Renderer(nn.Module):
                 edges = self.sampler(self.cfg, sdf_at, near, far, jitter, beta)  # [R, S + 1]
             starts = edges[:, :-1]
             if fused:
-                mlps = sdf_mlp, self.field.rgb_decoder.tensors() if self.cfg.rgb_weight > 0 else None
                 density_param = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
                 bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(
-                    volume, bundle, edges, mlps, density_param, cells, self.cfg.method, self.exact, stop
+                    volume, bundle, edges, mlps, density_param, cells, self.cfg.method, self.exact, stop, packed
                 )
             else:
                 sdf, gradient, color = self.field(volume, along(starts), directions, rays.volume_idx)
@@ -245,9 +248,6 @@ def feature_distance(features: Tensor, target: Tensor, kind: str) -> Tensor:
 def _mean(value, of_volume, mask=None):
     """Mean of value [R, K] over each batch sample's rays (where mask [R, K], if given), then over the batch."""
     K = value.shape[1]
-    if mask is None:
-        count = of_volume.sum(dim=1) if K == 1 else of_volume.sum(dim=1) * K
-    else:
-        value, count = value * mask, of_volume @ mask.sum(dim=1).to(value.dtype)
+    value = value if mask is None else value * mask
     of_ray = value.squeeze(1) if K == 1 else value.sum(dim=1)
-    return (of_volume @ of_ray / count.clamp(min=1)).mean()
+    return ray_mean(of_ray, of_volume, K if mask is None else mask.sum(dim=1))

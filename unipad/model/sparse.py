@@ -306,35 +306,47 @@ class Step(NamedTuple):
 def run_steps(
     steps: Sequence[Step], x: SparseTensor, residual: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> SparseTensor:
-    """x through all steps: in training on a GPU in one op; in evaluation mode without gradients, in one kernel each. A
-    step is not fused if its convolution has a bias or no table (K = 1).
+    """x through all steps. In training on a GPU, consecutive steps are one op; a step is not part of one if its norm is
+    frozen, its convolution has a bias or no table (K = 1), or it has less than two output voxels. In evaluation mode
+    without gradients, each step is one kernel.
 
     residual: [M, C] or None, is added before the last ReLU, if the last step does not skip.
     dtype:    of the result; None: that of the convolutions.
     """
-    layers, voxels = _layers(steps, x)
-    if layers is not None:
-        return SparseTensor(sparse_layers(x.features, layers, residual, dtype), voxels)
-    before = None
-    for step in steps:
-        added = before if step.skips else residual if step is steps[-1] else None
-        before, x = x.features, _run_step(step, x, added)
+    fuses, before, sets = _can_fuse(x.features), None, []
+    while steps:
+        layers, sets = _layers(steps, x) if fuses else ([], [])
+        n = max(1, len(layers))
+        is_last = n == len(steps)
+        added = before if steps[0].skips else residual if is_last else None
+        if layers:
+            out = sparse_layers(x.features, layers, added, dtype if is_last else None)
+            before, x = x.features, SparseTensor(out, sets[n - 1])
+        else:
+            before, x = x.features, _run_step(steps[0], x, added)
+        steps = steps[n:]
     return x if dtype is None else x.replace(x.features.to(dtype))
 
 
 def _layers(steps, x):
-    """(layers of `sparse_layers`, voxels of the result); (None, None) if they cannot be fused."""
-    if not all(norm.training and conv.bias is None for conv, norm, _ in steps) or not _can_fuse(x.features):
-        return None, None
-    layers, voxels = [], x.voxels
+    """(The first steps as layers of `sparse_layers`, as many as can be one op; voxels of these steps, and maybe of the
+    next, which has to find them again). A first step that skips is alone: the caller adds the residual."""
+    layers, sets = [], []
     for conv, norm, skips in steps:
-        voxels, table = conv.output_voxels_and_table(voxels)
+        if not norm.training or conv.bias is not None or layers and steps[0].skips:
+            break
+        voxels, table = conv.output_voxels_and_table(sets[-1] if sets else x.voxels)
+        sets.append(voxels)
         if table is None or voxels.coords.shape[0] < 2:
-            return None, None
+            break
         of_conv = dict(rounded=conv.rounded_for(x.features), allow_tf32=conv.allow_tf32)
         of_norm = dict(eps=norm.eps, running=norm.running(), momentum=norm.momentum)
+        skips = skips and bool(layers)
         layers.append(Layer(conv.weight, norm.weight, norm.bias, *table, skips=skips, **of_conv, **of_norm))
-    return layers, voxels
+    # a step that skips adds the input of the step before it, which must not be inside of an op
+    while 1 < len(layers) < len(steps) and steps[len(layers)].skips:
+        layers.pop()
+    return layers, sets
 
 
 def _run_step(step, x, residual):
@@ -356,12 +368,16 @@ def _run_step(step, x, residual):
 def in_fp32(stem: "ConvNormReLU", x: SparseTensor) -> SparseTensor:
     """stem(x), an encoder's first convolution, computed in fp32; its result in autocast's dtype.
 
-    The features that it reads include coordinates, and bf16 resolves 50 m only in steps of 25 cm.
+    The features that it reads include coordinates, and bf16 resolves 50 m only in steps of 25 cm. As one op, it rounds
+    its result to autocast's type once; its gradient then comes in that type too, also in fp16.
     """
     device = x.features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        return run_steps(stem.steps(), x, dtype=dtype)
+        if _can_fuse(x.features):
+            return run_steps(stem.steps(), x, dtype=dtype)
+        x = stem(x)
+        return x if dtype is None else x.replace(x.features.to(dtype))
 
 
 def convolutions_with_tables(*nets: nn.Module) -> list[_SparseConvolution]:
@@ -437,9 +453,11 @@ class SparseBlock(nn.Module):
 
 class SparseStage(nn.Sequential):
     """`SparseBlock`s and `ConvNormReLU`s one after the other; in training on a GPU one op, but for blocks that project
-    their input."""
+    their input. There the modules are not called: their hooks, and wrappers around them, have no effect."""
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        if not _can_fuse(x.features):
+            return super().forward(x)
         steps = []
         for module in self:
             if isinstance(module, SparseBlock) and module.proj is not None:

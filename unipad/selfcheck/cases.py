@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from unipad.kernels.composite import composite, composite_ref
-from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref
+from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref, rows_of_volumes
 from unipad.kernels.lift import lift, lift_ref
 from unipad.kernels.ray_features import ray_features, ray_features_ref
+from unipad.kernels.ray_mean import ray_mean, ray_mean_ref
 from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
@@ -43,7 +44,7 @@ from unipad.kernels.sdf_alpha import (
     volsdf_alpha,
     volsdf_alpha_ref,
 )
-from unipad.kernels.sdf_pack import pack, pack_ref
+from unipad.kernels.sdf_pack import pack, pack_bwd, pack_bwd_ref, pack_ref
 from unipad.kernels.sdf_render import sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
@@ -301,7 +302,12 @@ def _ray_cases(size, recipe):
         depth = 2 * torch.rand(R, device=device)  # some are out of range
         return dict(depth=depth, edges=edges, volume_idx=volume_idx, hit=hit, B=2, scale=1 / 54)
 
+    def ray_values(device, dtype):
+        of_volume = rows_of_volumes(torch.randint(2, (R,), device=device), 2, dtype)
+        return dict(of_ray=torch.rand(R, device=device).to(dtype), of_volume=of_volume, count=3)
+
     yield from _each("fp32", "depth_in_range", size, depth_in_range, depth_in_range_ref, rendered_depths, ("depth",))
+    yield from _each("fp32", "ray_mean", size, ray_mean, ray_mean_ref, ray_values, ("of_ray",))
     yield from _each("fp32 fp16 bf16", "composite", size, composite, composite_ref, samples, ("alpha", "values"))
 
 
@@ -368,9 +374,23 @@ def _field_cases(size, recipe):
 
     def parameters(device, dtype):
         sdf_mlp, rgb_mlp = inputs("neus")(device, dtype)["mlps"]
-        return dict(sdf_mlp=sdf_mlp, rgb_mlp=rgb_mlp, channels=32)
+        return dict(sdf_mlp=sdf_mlp, rgb_mlp=rgb_mlp, channels=32, exact=True)
 
-    yield from _each("fp32", "pack", size, pack, pack_ref, parameters, ("sdf_mlp", "rgb_mlp"))
+    def parameters_and_upstream(device, dtype):
+        given = parameters(device, dtype)
+        packed = pack_ref(**given)
+        del given["exact"]
+        return given | dict(d_sdf=torch.randn_like(packed.sdf), d_rgb=torch.randn_like(packed.rgb_w[0]))
+
+    def gradients(bwd):
+        return lambda **given: tuple(bwd(**given))
+
+    def tensors(fn):
+        return lambda **given: fn(**given)[:3]
+
+    yield from _each("fp32", "pack", size, tensors(pack), tensors(pack_ref), parameters)
+    made = gradients(pack_bwd), gradients(pack_bwd_ref)
+    yield from _each("fp32", "pack_bwd", size, *made, parameters_and_upstream)
     kinds = {"neus": inputs("neus"), "volsdf": inputs("volsdf"), "neus without color": inputs("neus", rgb_layers=0)}
     if not recipe:
         kinds |= {

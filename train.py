@@ -222,12 +222,15 @@ def open_datasets(args, world):
 def with_ray_origins(recipe, has_images, print0):
     """A LiDAR recipe adapted to the dataset: without images, rays start at the LiDAR.
 
-    Raises `UserError` if the recipe has a color loss then, since these rays have no color.
+    Raises `UserError` if the recipe has a loss of colors or image features then, since these rays see no pixel.
     """
     if recipe.data.cameras and has_images:
         return recipe
-    if recipe.render.rgb_weight or recipe.render.features_weight:
-        raise UserError("rays from the LiDAR see no pixel: they need --render.rgb-weight 0 --render.features-weight 0.")
+    losses = [name for name in ("rgb", "photometric", "features") if getattr(recipe.render, f"{name}_weight")]
+    if losses:
+        flags = [f"--render.{name}-weight 0" for name in losses]
+        flags += ["--data.features None"] if "features" in losses else []
+        raise UserError(f"rays from the LiDAR see no pixel: they need {' '.join(flags)}.")
     if recipe.data.cameras:
         print0("no training frame has all its images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))

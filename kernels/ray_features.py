@@ -35,7 +35,8 @@ def ray_features(
         cells:   cells_per_unit [3] and cell_offset [3]: grid coordinates (x, y, z) = point * cells_per_unit +
                  cell_offset; integers are voxel centers. Beyond the outermost ones, features fade to 0 within a cell.
 
-    Returns [R, C]: sum of weight * feature; 0 for rays without samples.
+    Returns [R, C]: sum of weight * feature; 0 for rays without samples. A sample at a NaN coordinate adds nothing in
+    the kernel, and NaN in the reference.
 
     All floats of one type, fp32 or fp64. Differentiable once w.r.t. `volume` and `weights`. The kernel adds atomically
     to the gradient of `volume`, so its last bits vary from run to run; under `torch.use_deterministic_algorithms(True)`

@@ -57,8 +57,8 @@ def steps():
     for task, presets in tasks.items():
         for modality, named in presets.items():
             for name, recipe in named.items():
-                # other names belong to one modality
-                label = f"{modality}-{name}" if name in ("tiny", "features-tiny") else name
+                shared = sum(name in others for others in presets.values()) > 1
+                label = f"{modality}-{name}" if shared else name
                 all_steps.append(Step(f"{task} {label}", recipe))
     named = {step.name: step for step in all_steps}
     camera, lidar = named["train camera-0.1"], named["train lidar-0.075"]

@@ -1,5 +1,6 @@
 """The loss `occupancy`: targets and losses by hand, their place in a training step, metrics and picture."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 from tests.test_rays import make_batch
 from unipad.checkpoint import take_weights, write_checkpoint
 from unipad.cli import check_recipe
@@ -132,6 +134,13 @@ def test_a_batch_without_origins_is_rejected():
         Carving(ROW).target(make_batch([[]]))
 
 
+def test_logits_are_not_rounded_under_autocast():
+    net, volume = Carving(ROW), torch.randn(1, 2, 1, 1, 10)
+    expected = net(volume)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(volume), expected) and net(volume.bfloat16()).dtype == torch.float32
+
+
 @pytest.fixture(scope="module")
 def samples(city):
     """A scene's first keyframe, which has no sweeps, and the next one."""
@@ -143,6 +152,17 @@ def samples(city):
 @pytest.fixture(scope="module")
 def batch(samples):
     return collate(list(samples)).to(CPU)
+
+
+@pytest.mark.parametrize("name", ["points", "points_beyond"])
+def test_a_lag_of_no_sweep_is_refused(name, samples):
+    """Also one that differs in its last bit alone."""
+    points = getattr(samples[1], name).copy()
+    row = points[:, 4].argmax()
+    assert points[row, 4] > 0
+    points[row, 4] = np.nextafter(points[row, 4], np.float32(1))
+    with pytest.raises(UserError, match=f"{samples[1].token} has points of the time lag 0.*, which is not in Sample"):
+        collate([samples[0], replace(samples[1], **{name: points})])
 
 
 def test_a_dataset_keeps_points_beyond_only_where_a_loss_reads_them(city):
@@ -248,6 +268,18 @@ def test_picture_from_above():
     state = torch.tensor([[[UNKNOWN, FREE], [FULL, FULL]], [[UNKNOWN, FULL], [FREE, FULL]]]).numpy()  # [Z, Y, X]
     shown = _from_above(state, Grid((0, 0, 0), (2, 2, 2), (1, 1, 1)), lambda z: z, lambda z: z[..., None].repeat(4, -1))
     assert shown[..., 0].tolist() == [[0, 1.5], [0.5, 1.5]] and shown[0, 0].tolist() == [0, 0, 0]
+
+
+def test_a_run_of_occupancy_alone_is_evaluated_without_a_mesh(city, tmp_path):
+    config = {"args": {"data_root": str(city), "version": "v1.0-mini"}, "recipe": to_dict(ALONE), "steps": 1}
+    write_checkpoint({"model": Pretrain(ALONE).state_dict(), "step": 1, "config": config}, tmp_path / "run.pt")
+    flags = [tmp_path / "run.pt", "--device", "cpu", "--workers", 0, "--pictures", 1]
+    evaluation.main(evaluation.parse(flags))
+    metrics = json.loads((tmp_path / "eval" / "render.json").read_text())
+    assert metrics.keys() == {"frames", "occupancy_iou_full", "occupancy_iou_free"}
+    assert (tmp_path / "eval" / "frame_00000.png").exists()
+    with pytest.raises(UserError, match="--mesh needs a run that learned to render"):
+        evaluation.main(evaluation.parse([*flags, "--mesh"]))
 
 
 def test_pictures_have_cells_from_above_below_the_views(batch):

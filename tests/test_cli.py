@@ -94,6 +94,10 @@ def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
             value = arguments = tuple(v / 2 for v in value)
         elif name == "data.features":
             value, arguments = Path("other"), ["other"]
+        elif name == "data.sources":
+            value, arguments = (), []
+        elif name == "render.photometric_weight":
+            value, arguments = 0.0, [0]
         else:
             value, arguments = another(hint, value)
         *section, field = name.replace("_", "-").split(".")
@@ -143,6 +147,17 @@ def test_flags_override_a_config_but_cannot_choose_another_recipe(tmp_path):
             train.parse(["--config", tmp_path, *flags])
 
 
+def test_a_run_resumes_with_its_folder_of_features_elsewhere(tmp_path):
+    here, there = (
+        run_config(train.parse(["--preset", "features-tiny", "--data.features", folder]), steps=8)
+        for folder in ("/old/dinov2", "/new/dinov2")
+    )
+    _check_same_settings(here, there, tmp_path)  # does not raise
+    there["recipe"]["data"]["feature_channels"] = 8
+    with pytest.raises(UserError, match="was started with --data.feature-channels 16, not 8"):
+        _check_same_settings(here, there, tmp_path)
+
+
 def test_a_run_from_before_a_flag_existed_is_read_with_its_default(tmp_path):
     config = run_config(train.parse([]), steps=8)
     for name in ADDED_FLAGS:
@@ -152,17 +167,22 @@ def test_a_run_from_before_a_flag_existed_is_read_with_its_default(tmp_path):
     _check_same_settings(config, run_config(train.parse([]), steps=8), tmp_path)  # as with --resume: does not raise
 
 
-def test_a_run_from_before_a_setting_existed_is_read_with_its_default(tmp_path):
+@pytest.mark.parametrize(
+    "script, flags",
+    [(train, []), (finetune, ["--modality", "lidar"]), (finetune, ["--task", "segment"])],
+    ids=["pretrain", "detect", "segment"],
+)
+def test_a_run_from_before_a_setting_existed_is_read_with_its_default(script, flags, tmp_path):
     """By --config, --resume and, for its encoder, --pretrained."""
-    config = run_config(train.parse([]), steps=8)
-    removed = {name for section in config["recipe"].values() for name in ADDED_SETTINGS if name in (section or ())}
-    assert removed == ADDED_SETTINGS
-    for section in filter(None, config["recipe"].values()):
-        for name in ADDED_SETTINGS:
-            section.pop(name, None)
+    config = run_config(script.parse(flags), steps=8)
+    sections = [section for section in config["recipe"].values() if isinstance(section, dict)]
+    removed = {name for section in sections for name in ADDED_SETTINGS if section.pop(name, section) is not section}
+    assert removed == (ADDED_SETTINGS if script is train else {"sources", "features", "feature_channels"})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert train.parse(["--config", tmp_path]).recipe == recipe_of(config) == train.parse([]).recipe
-    _check_same_settings(config, run_config(train.parse([]), steps=8), tmp_path)  # does not raise
+    assert script.parse(["--config", tmp_path]).recipe == recipe_of(config) == script.parse(flags).recipe
+    _check_same_settings(config, run_config(script.parse(flags), steps=8), tmp_path)  # does not raise
+    if script is not train:
+        return
     with pytest.raises(UserError, match="was started with --render.occupancy-weight 0.0, not 2.0"):
         changed = run_config(train.parse(["--render.occupancy-weight", 2]), steps=8)
         _check_same_settings(config, changed, tmp_path)

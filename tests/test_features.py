@@ -1,5 +1,6 @@
 """Image features as targets: their files, how rays read them, the city's, and a training step and metrics with them."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as evaluation
 import train
 from tests.test_data_docs import TEXT
 from tests.test_rays import make_batch, seeded_generators
-from unipad.config import Augment, Data
+from unipad.checkpoint import write_checkpoint
+from unipad.config import Augment, Data, to_dict
 from unipad.data.city.solids import CATEGORIES, CATEGORY
 from unipad.data.dataset import BadFrame, DataError, collate
 from unipad.data.features import read_features
@@ -62,7 +65,10 @@ GOOD = np.ones((9, 16, 40), np.float16)
         (GOOD[..., :0], "has the shape 9 x 16 x 0"),
         (GOOD.astype(np.float64), "values of type float64: write float16 or float32"),
         (GOOD.astype(np.int8), "values of type int8"),
-        (GOOD[..., :4], "has 4 channels, not 40, as others or --data.feature-channels: write all files with one model"),
+        (
+            GOOD[..., :4],
+            "has 4 channels, not 40, as others or --data.feature-channels: .* 0 counts theirs",
+        ),
         (np.where(np.arange(40) == 3, np.nan, GOOD).astype(np.float16), "values that are not finite"),
         (np.where(np.arange(40) == 3, np.inf, GOOD).astype(np.float32), "values that are not finite"),
         (np.array([{"a": 1}], object), "is damaged, or no .npy or .npz file"),
@@ -220,7 +226,7 @@ def test_features_of_the_city_are_those_of_the_points_classes(city):
 
 @pytest.mark.parametrize("modality", ["camera", "lidar"])
 @pytest.mark.parametrize("kind", ["cosine", "l1"])
-def test_a_step_and_the_metric_of_held_out_frames(modality, kind, city):
+def test_a_step_and_the_metric_of_held_out_frames(modality, kind, city, monkeypatch):
     recipe = PRETRAIN[modality]["features-tiny"]
     recipe = replace(recipe, data=replace(recipe.data, image_size=(64, 112)), rays=replace(recipe.rays, per_view=16))
     recipe = replace(recipe, render=replace(recipe.render, features_loss=kind, samples=16, importance=8))
@@ -248,7 +254,10 @@ def test_a_step_and_the_metric_of_held_out_frames(modality, kind, city):
         expected = torch.nn.functional.cosine_similarity(truth, constant, dim=-1).mean()
     else:
         expected = (truth - constant).abs().mean()
-    assert metric() == pytest.approx(expected.item(), abs=0.05)
+    whole = metric()
+    assert whole == pytest.approx(expected.item(), abs=0.05)
+    monkeypatch.setattr("unipad.evaluate.rendering.CHUNK", 100)  # so a few rays of each view at once
+    assert metric() == pytest.approx(whole, rel=1e-6)
     net.renderer.feature_head.bias.data.neg_()
     assert metric() != pytest.approx(expected.item(), abs=0.05)
 
@@ -267,8 +276,53 @@ def test_settings_that_cannot_be_combined(flags, message):
         train.parse(["--modality", "lidar", "--preset", "features-tiny", *flags])
     if flags[0] == "--data.no-cameras":  # also where the dataset has no images
         recipe = PRETRAIN["lidar"]["features-tiny"]
-        with pytest.raises(UserError, match="see no pixel: .* --render.features-weight 0"):
+        words = "see no pixel: they need --render.features-weight 0 --data.features None"
+        with pytest.raises(UserError, match=words):
             train.with_ray_origins(recipe, has_images=False, print0=print)
+
+
+def test_a_step_with_camera_sweeps_in_bf16(city):
+    """Features are those of the keyframe's views; the rendered ones, and the loss, stay fp32."""
+    recipe = PRETRAIN["camera"]["features-tiny"]
+    recipe = replace(recipe, data=replace(recipe.data, image_size=(64, 112), camera_sweeps=2))
+    recipe = replace(recipe, rays=replace(recipe.rays, per_view=16))
+    batch = collate([NuScenesDataset(city, VERSION, "mini_train", recipe.data)[1]]).to("cpu")
+    assert batch.images.shape[1] == 12 and batch.features.shape[1] == 6
+    net = Pretrain(recipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = net(batch, seeded_generators(0))
+    assert losses["features"].dtype == torch.float32 and 0 < losses["features"] < 2
+    losses["features"].backward()
+    assert net.renderer.feature_head.weight.grad.any()
+
+
+def test_a_run_is_evaluated_with_features_and_where_they_are_gone(city_copy, tmp_path):
+    recipe = PRETRAIN["lidar"]["features-tiny"]
+    args = {"data_root": str(city_copy), "version": VERSION}
+    saved = {"model": Pretrain(recipe).state_dict(), "step": 1}
+    write_checkpoint(saved | {"config": {"args": args, "recipe": to_dict(recipe), "steps": 1}}, tmp_path / "run.pt")
+
+    def metrics(*flags):
+        flags = ["--device", "cpu", "--workers", 0, "--pictures", 1, "--picture-stride", 16, *flags]
+        evaluation.main(evaluation.parse([tmp_path / "run.pt", *flags]))
+        return json.loads((tmp_path / "eval" / "render.json").read_text())
+
+    assert {"features_cosine", "depth_rmse"} <= metrics().keys()
+    (city_copy / "features").rename(city_copy / "elsewhere")
+    assert "features_cosine" in metrics("--data.features", "elsewhere")
+    with pytest.raises(UserError, match="has no features of 18 of 18 images, .* or do without: --data.features None"):
+        metrics()
+    without = metrics("--data.features", "None")
+    assert "depth_rmse" in without and "features_cosine" not in without
+
+
+def test_a_dataset_without_cameras_is_refused(city, monkeypatch):
+    monkeypatch.setattr(NuScenesDataset, "_read_features", lambda self, frame: [])
+    with pytest.raises(DataError, match="has no images, which --data.features needs"):
+        dataset_of(city).data_with_feature_channels()
+    dataset = dataset_of(city)
+    dataset.index = replace(dataset.index, image_files=dataset.index.image_files[:, :0])
+    dataset._check_features()  # does not raise
 
 
 def test_models_without_the_loss_have_no_head():

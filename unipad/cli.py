@@ -184,7 +184,8 @@ def _check_supervision(recipe):
         )
     if data.features is not None and not data.cameras:
         raise UserError(
-            "--data.features needs rays through the cameras' pixels: --data.no-cameras does not work with it."
+            "--data.features needs rays through the cameras' pixels: leave out --data.no-cameras, or do without "
+            "features by --data.features None --render.features-weight 0."
         )
     lidar_losses = {
         name: getattr(render, f"{name}_weight") for name in ("depth", "free_space", "sdf", "points", "occupancy")

@@ -257,7 +257,7 @@ class Render:
     features_weight: float = 0.0  # weight of the loss of image features, which --data.features names
     features_loss: Literal["cosine", "l1"] = "cosine"  # features: 1 - cosine similarity, or L1 of every channel
     occupancy_weight: float = 0.0  # weight of the loss of free and full cells, as the LiDAR's rays carve them
-    occupancy_window: float = 0.2  # seconds: in a cell, rays of the last ones decide, then those of earlier ones, ...
+    occupancy_window: float = 0.2  # length of a window, seconds: a cell's state is that of the latest window with a ray
 
     def __post_init__(self):
         if not self.occupancy_window > 0:

@@ -317,10 +317,11 @@ def _drop_records_after(step, log):
 
 
 # Flags that may differ when a run resumes. They do not change the training, except for rounding (device, tune,
-# compile).
+# compile). data.features: the folder may have moved, as that of the dataset.
 FREE_FLAGS = {
     "config",
     "data_root",
+    "data.features",
     "out",
     "resume",
     "stop_at",

@@ -19,7 +19,7 @@ from unipad.data.transforms import augment_sample, photometric_distortion
 from unipad.errors import UserError
 
 DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
-FIRST = 8  # frames of which one must be readable, to know the number of feature channels
+FRAMES_TRIED = 8  # frames of which one must be readable, to know the number of feature channels
 
 
 class DataError(UserError):
@@ -231,11 +231,11 @@ class DrivingDataset(torch.utils.data.Dataset):
         train, val = cls.train_val_splits(root, version)
         settings = {"label_fraction": label_fraction, "augment": recipe.augment}
         train_set = cls(root, version, train, recipe.data, point_range=point_range, **settings)
+        if recipe.camera is not None and not cls.has_images(root, version, train):
+            raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
         train_set.data = train_set.data_with_feature_channels()
         val_data = cls.data_to_evaluate(root, version, val, train_set.data)
         val_set = cls(root, version, val, val_data, point_range=point_range)
-        if recipe.camera is not None and not cls.has_images(root, version, train):
-            raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
         if recipe.reads_points_beyond:
             train_set, val_set = train_set.with_points_beyond(), val_set.with_points_beyond()
         return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
@@ -282,7 +282,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         if self.data.features is None:
             return self.data
         first_bad = None
-        for frame in self.frames[:FIRST]:
+        for frame in self.frames[:FRAMES_TRIED]:
             try:
                 features = self.load(frame).features
             except BadFrame as bad:
@@ -292,6 +292,8 @@ class DrivingDataset(torch.utils.data.Dataset):
                 raise DataError(
                     f"{type(self).__name__} reads no features: fill in Sample.features, or do without them."
                 )
+            if not features:
+                raise DataError(f"{self.root / self.version} has no images, which --data.features needs.")
             return replace(self.data, feature_channels=features[0].shape[2])
         raise DataError(f"{first_bad}.")
 
@@ -351,7 +353,12 @@ def check_recorded(name: str, run: Path):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples to a `Batch` on the CPU, with uint8 images, padded at the right and bottom to a multiple of 32."""
+    """Samples to a `Batch` on the CPU, with uint8 images, padded at the right and bottom to a multiple of 32.
+
+    Raises `DataError` for a point with a time lag that no row of its sample's `sweep_origins` has.
+    """
+    for sample in samples:
+        _check_lags(sample)
     images, sizes = _padded([s.images for s in samples])
     source_images, source_sizes = None, None
     if samples[0].source_images is not None:
@@ -395,6 +402,19 @@ def collate(samples: list[Sample]) -> Batch:
         points_beyond=concatenate("points_beyond") if beyond else None,
         beyond_counts=torch.tensor([len(s.points_beyond) for s in samples]) if beyond else None,
     )
+
+
+def _check_lags(sample):
+    """Every point needs an origin for its ray: on the device, points without one would be left out silently."""
+    if sample.sweep_origins is None:
+        return
+    lags = sample.sweep_origins[:, 3]
+    for points in (sample.points, sample.points_beyond):
+        if points is not None and not (known := np.isin(points[:, 4], lags)).all():
+            raise DataError(
+                f"{sample.token} has points of the time lag {points[~known][0, 4]}, which is not in "
+                "Sample.sweep_origins: give both exactly the same."
+            )
 
 
 def _padded(images_of_samples):

@@ -7,6 +7,8 @@ patches of a vision transformer; its name does not matter in an .npz. All files 
 script that writes them.
 """
 
+import io
+import math
 import os
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def read_features(folder: Path, image: str, size: tuple[int, int], channels: int
         raise BadFrame(
             path,
             f"has {features.shape[2]} channels, not {channels}, as others or --data.feature-channels: write all files "
-            "with one model",
+            "with one model; --data.feature-channels 0 counts theirs",
         )
     if not np.isfinite(features).all():
         raise BadFrame(path, "has values that are not finite: write it again, without NaN")
@@ -58,21 +60,39 @@ def read_features(folder: Path, image: str, size: tuple[int, int], channels: int
 
 
 def _covers(shape, size):
-    """Whether h x w squares cover an image of `size`, up to less than one of them along each axis."""
-    (h, w), (height, width) = shape[:2], size
-    return abs(h * width - w * height) <= width + height
+    """Whether h x w squares of any one edge cover an image of `size`: their numbers along both axes are rounded down,
+    or up, or to the nearest."""
+    axes = list(zip(shape[:2], size, strict=True))
+    for less, more in ((0, 1), (0.5, 0.5), (1, 0)):  # number - less <= length / edge <= number + more
+        shortest = max(length / (number + more) for number, length in axes)
+        longest = min(length / (number - less) if number > less else math.inf for number, length in axes)
+        if shortest <= longest:
+            return True
+    return False
 
 
 def _arrays(path):
     """{name: array} of a file."""
     try:
-        # mapped, since a damaged header must not make NumPy allocate all memory; an archive is read all the same
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"array": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except PermissionError as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise BadFrame(path, f"cannot be read ({error.strerror})") from None
+    try:
+        if not content.startswith(b"PK"):  # no archive
+            return {"array": _array(content)}
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
     except Exception:  # a damaged header or archive can make NumPy raise anything
         raise BadFrame(path, "is damaged, or no .npy or .npz file") from None
+
+
+def _array(content):
+    """The array in the bytes of a .npy file. Raises ValueError, also if their number is not what the header says, for
+    which NumPy would allocate memory."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(stream)
+    if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise ValueError
+    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")

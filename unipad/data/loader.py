@@ -102,6 +102,7 @@ def _check_batch_size(dataset, size, workers):
     if sample is not None:
         image_bytes = sum(image.nbytes for image in sample.images)
         others = [sample.points, *(sample.source_images or ()), *(sample.features or ())]
+        others += [] if sample.points_beyond is None else [sample.points_beyond]
         loaded = image_bytes + sum(array.nbytes for array in others)
         loaded *= 1 + PREFETCH * workers  # the batch in use, and those ahead
         # Images are loaded as bytes; those of the batch in use also become fp32: in host memory too, without a GPU.

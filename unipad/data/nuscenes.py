@@ -214,12 +214,13 @@ class NuScenesDataset(DrivingDataset):
             return
         folder, images = self.root / self.data.features, self.index.image_files[self.frames].ravel().tolist()
         files = np.array([[name.encode() for name in feature_files(image.decode())] for image in images])
+        files = files.reshape(-1, 2)  # also without cameras
         missing = files[~on_disk(folder, files).any(axis=1), 0]
         if len(missing):
             raise DataError(
                 f"{folder} has no features of {len(missing)} of {len(images)} images, such as {missing[0].decode()}; "
-                "write them as docs/data.md says, or name another folder with --data.features: below the dataset's "
-                "folder, or absolute."
+                "write them as docs/data.md says, name another folder with --data.features (below the dataset's, or "
+                "absolute), or do without: --data.features None."
             )
 
     def _views(self, frame):
@@ -258,7 +259,7 @@ class NuScenesDataset(DrivingDataset):
         `Sample.sweep_origins`."""
         index = self.index
         if not self.data.sweeps:
-            return [np.empty((0, 5), np.float32)]
+            return [np.empty((0, 5), np.float32)], None
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]

@@ -7,12 +7,13 @@ import torch
 from unipad.batch import Batch
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
-from unipad.model.rays import lidar_rays, pixel_rays
+from unipad.model.rays import cast_rays, grid_of_views, lidar_rays
 from unipad.model.render import feature_distance
 from unipad.runtime import all_reduce_sum, generators, meet
 
 RAYS_PER_VIEW = 256  # LiDAR rays per view that depth is measured on
 PIXEL_STRIDE = 8  # pixels between the rays that color is measured on
+CHUNK = 8192  # rays whose true features are read at once: those of all would take a gigabyte
 
 
 @torch.no_grad()
@@ -50,15 +51,15 @@ def evaluate_rendering(
             continue
         batch = batch.keyframe()
         for i in range(len(batch) if model.renders_color(batch) or model.renders_features(batch) else 0):
-            rays = pixel_rays(batch, i, PIXEL_STRIDE)
-            rgb, predicted = model.render_pixels(volume, rays)
-            if model.renders_color(batch):
-                color[0] += (rgb - rays.rgb).square().mean(1).double().sum()
-                color[1] += len(rays)
-            if predicted is not None:
-                known = rays.features.any(dim=1)
-                distance = feature_distance(predicted, rays.features, kind).mean(1).double()
-                features += torch.stack([(distance * known).sum(), known.sum()])
+            for rays in _pixel_rays(batch, i, CHUNK if model.renders_features(batch) else None):
+                rgb, predicted = model.render_pixels(volume, rays)
+                if model.renders_color(batch):
+                    color[0] += (rgb - rays.rgb).square().mean(1).double().sum()
+                    color[1] += len(rays)
+                if predicted is not None:
+                    known = rays.features.any(dim=1)
+                    distance = feature_distance(predicted, rays.features, kind).mean(1).double()
+                    features += torch.stack([(distance * known).sum(), known.sum()])
         rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, rngs)
         depth += depth_sums(model.render(volume, rays)[1], rays.depth)
     model.train(was_training)
@@ -85,6 +86,16 @@ def evaluate_rendering(
             for name, right in (("full", right_full), ("free", right_free))
         }
     return metrics
+
+
+def _pixel_rays(batch, sample, count):
+    """Yield the rays of `pixel_rays`, at most about `count` at once; None: all."""
+    pixels, inside, _ = grid_of_views(batch, sample, PIXEL_STRIDE)
+    columns = max(1, count // len(pixels)) if count else pixels.shape[1]
+    for some, within in zip(pixels.split(columns, dim=1), inside.split(columns, dim=1), strict=True):
+        rays = cast_rays(batch, sample, some)[within.flatten()]
+        if len(rays):  # 0 in the padding
+            yield rays
 
 
 def depth_sums(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

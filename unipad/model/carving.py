@@ -22,6 +22,7 @@ from unipad import config
 from unipad.batch import Batch
 from unipad.errors import UserError
 from unipad.kernels.carve import FREE, FULL, carve
+from unipad.model.rays import samples_of
 
 NEWEST = 2**20  # rank of the latest window; no sweep is that many windows old
 
@@ -35,8 +36,10 @@ class Carving(nn.Module):
         self.linear = nn.Linear(recipe.render.channels, 1)
 
     def forward(self, volume: Tensor) -> Tensor:
-        """volume: [B, C, Z, Y, X] features. Returns [B, Z, Y, X] fp32 logits of a cell being full."""
-        return self.linear(volume.permute(0, 2, 3, 4, 1)).squeeze(-1).float()
+        """volume: [B, C, Z, Y, X] features. Returns [B, Z, Y, X] logits of a cell being full, in the parameters' dtype
+        even under autocast."""
+        with torch.autocast(volume.device.type, enabled=False):
+            return self.linear(volume.permute(0, 2, 3, 4, 1).to(self.linear.weight.dtype)).squeeze(-1)
 
     def loss(self, volume: Tensor, batch: Batch) -> Tensor:
         """The loss, not weighted: the mean over batch samples of (mean over full cells + mean over free cells) / 2,
@@ -47,7 +50,7 @@ class Carving(nn.Module):
         weight = (full / counts[0] + free / counts[1]) / (2 * len(batch))
         logits = self(volume)
         with torch.autocast(logits.device.type, enabled=False):
-            return F.binary_cross_entropy_with_logits(logits, full.float(), weight, reduction="sum")
+            return F.binary_cross_entropy_with_logits(logits, full.to(logits), weight.to(logits), reduction="sum")
 
     def target(self, batch: Batch) -> Tensor:
         """State of every cell, [B, Z, Y, X] uint8 as `carve` returns it.
@@ -61,11 +64,10 @@ class Carving(nn.Module):
                 "this dataset does not say where the LiDAR was in each sweep, which --render.occupancy-weight needs; "
                 "return Sample.sweep_origins from its `load`."
             )
-        sample = torch.arange(len(batch)).repeat_interleave(batch.point_counts)
+        sample = samples_of(batch.point_counts, points.device)  # [P]
         if batch.points_beyond is not None:
             points = torch.cat([points, batch.points_beyond])
-            sample = torch.cat([sample, torch.arange(len(batch)).repeat_interleave(batch.beyond_counts)])
-        sample = sample.to(points.device, non_blocking=True)  # [P]
+            sample = torch.cat([sample, samples_of(batch.beyond_counts, points.device)])
         of_sweep = lidars[sample, :, 3] == points[:, 4:]  # [P, S]: the sweep with the time of the point
         origins = lidars[sample, of_sweep.byte().argmax(dim=1), :3]
         distance = (points[:, :2] - origins[:, :2]).norm(dim=1)
@@ -75,7 +77,7 @@ class Carving(nn.Module):
         return carve(
             origins,
             points[:, :3],
-            torch.where(used, sample, -1).int(),
+            torch.where(used, sample, -1),
             grid.low,
             grid.cell,
             grid.shape[::-1],

@@ -231,9 +231,15 @@ def features_at(batch: Batch, sample: int, pixels: Tensor) -> Tensor:
 
 def lidar_points(batch: Batch, cfg: RayChoice) -> tuple[Tensor, Tensor]:
     """All points [P, 3] meters, and [P] int32 the sample of each, -1 for points not between the two radii of `cfg`."""
-    sample = torch.arange(len(batch), dtype=torch.int32).repeat_interleave(batch.point_counts)
-    sample = sample.to(batch.points.device, non_blocking=True)
+    sample = samples_of(batch.point_counts, batch.points.device)
     return batch.points[:, :3], torch.where(_between_radii(batch.points, cfg), sample, -1)
+
+
+def samples_of(counts: Tensor, device: torch.device) -> Tensor:
+    """[sum of counts] int32 on `device`, the sample of each point, where sample b has counts[b] of them, one sample
+    after the other; counts: on the host."""
+    samples = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+    return samples.to(device, non_blocking=True)
 
 
 def _lidar_in_views(batch, cfg):

@@ -111,12 +111,14 @@ class Renderer(nn.Module):
         Without rays all tensors of rays are empty. Differentiable once in `volume` and the parameters.
 
         On a GPU neither this, `loss` nor their backward synchronizes with the host, so that a CUDA graph can capture
-        them; only VolSDF's sampler does, see `volsdf_edges`.
+        them; only VolSDF's sampler does, see `volsdf_edges`. With deterministic algorithms, features are rendered by
+        PyTorch's `embedding_bag`, for which this is not checked.
         """
         with torch.autocast(volume.device.type, enabled=False):
             dtype = self.field.cells_per_unit.dtype
             volume = volume.permute(0, 2, 3, 4, 1).to(dtype).contiguous()
             origins, directions = rays.origins.to(dtype) * self.scale, rays.directions.to(dtype)
+            bundle = origins, directions, rays.volume_idx
             near, far, hit = clip_rays(origins, directions, *self.box, self.cfg.near * self.scale)
 
             def along(starts):
@@ -131,7 +133,6 @@ class Renderer(nn.Module):
 
             def sdf_at(starts):
                 if fused:
-                    bundle = origins, directions, rays.volume_idx
                     return sdf_values(volume, bundle, starts, mlps[0], cells, self.exact, packed)
                 return self.field.sdf(volume, along(starts), rays.volume_idx)
 
@@ -143,9 +144,8 @@ class Renderer(nn.Module):
             starts = edges[:, :-1]
             if fused:
                 density_param = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
-                bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(
-                    volume, bundle, edges, mlps, density_param, cells, self.cfg.method, self.exact, stop, packed
+                    volume, (*bundle, hit), edges, mlps, density_param, cells, self.cfg.method, self.exact, stop, packed
                 )
             else:
                 sdf, gradient, color = self.field(volume, along(starts), directions, rays.volume_idx)
@@ -158,7 +158,6 @@ class Renderer(nn.Module):
             points_sdf, points_of_volume = self._at_points(volume, points)
             features = None
             if self.feature_head is not None and rays.features is not None:
-                bundle = origins, directions, rays.volume_idx
                 features = self.feature_head(ray_features(volume, bundle, edges, weights, cells))
         return Rendered(
             rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume, features

@@ -78,6 +78,7 @@ def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     pretrains = isinstance(recipe, PretrainRecipe)
     rejected = {"data.camera_sweeps" if recipe.camera is None else "data.cameras"}
     rejected |= {"data.cameras"} if pretrains else {"data.features"}  # the former since it gets features
+    rejected.add("occupancy.classes")
     for name, hint, value in settings(recipe):
         if name in rejected:
             continue

@@ -267,7 +267,9 @@ def occupancy(args, model, dataset, out, world):
         world.print0(occupancy_table(summarize(counts.values(), out)))
     else:
         world.print0(f"the test split has no public labels: no metrics, but a submission in {folder}")
-    for i, batch in drawn_frames(args, model, dataset, counts, lambda drawn: drawn.with_occupancy(labels=scored)):
+    # which frames lack labels has been reported
+    labeled = partial(type(dataset).with_occupancy, labels=scored, verbose=False)
+    for i, batch in drawn_frames(args, model, dataset, counts, labeled):
         predicted = np.load(folder / f"{batch.tokens[0]}.npz")["arr_0"]
         Image.fromarray(occupancy_views(batch, torch.from_numpy(predicted))).save(out / f"occupancy_{i}.png")
 

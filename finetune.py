@@ -101,7 +101,7 @@ class Task:
     predict: Callable  # model, batch -> the predictions for each sample
     picture: Callable  # batch of one, its predictions -> picture
     scene: Callable  # batch of one, its predictions -> 3D view
-    of_points: bool  # True: predicts a class for every LiDAR point, outside the grid too; False: for the grid
+    of_points: bool  # True: predicts a class for every LiDAR point, outside the grid too
     labeled: Callable = lambda dataset: dataset  # dataset -> the dataset with the task's labels, or a `DataError`
     folder: str = "finetune-{modality}"  # parent of the runs, in outputs/
 

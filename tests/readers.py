@@ -171,6 +171,7 @@ def read_sources(folder):
     """The cached index of the frames around each keyframe that the photometric loss looks into."""
     readout = Readout()
     readout.add(sources=load_source_frames(folder / "city", VERSION, "mini_val", (-1, 1)))
+    return readout
 
 
 def read_voxels(folder):

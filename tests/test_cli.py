@@ -84,6 +84,7 @@ def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     rejected = {"data.camera_sweeps" if recipe.camera is None else "data.cameras"}
     rejected |= {"data.cameras"} if pretrains else {"data.features"}  # the former since it gets features
     rejected |= NOT_WITH_PHOTOMETRIC if photometric else ONLY_WITH_PHOTOMETRIC
+    rejected.add("occupancy.classes")
     for name, hint, value in settings(recipe):
         if name in rejected:
             continue

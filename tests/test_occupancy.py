@@ -1,5 +1,7 @@
-"""Occupancy: the labels that the city writes, the metrics compared with other implementations of their definitions, the
-model, and runs of the scripts."""
+"""Occupancy: the metrics compared with other implementations of their definitions, the model, and runs of the scripts.
+
+The labels are tested in test_occupancy_labels.py.
+"""
 
 import json
 import math
@@ -12,10 +14,13 @@ import torch
 from PIL import Image
 
 import finetune
-from tests.test_eval import ONE_PROCESS, evaluate, save_run
+from benchmarks.label_efficiency import METRICS
+from tests import scripts
+from tests.test_eval import ONE_PROCESS, evaluate, evaluate_in_own_process, save_run
 from tests.test_train import checkpoint, curve
 from unipad.batch import FREE, OCCUPANCY_CLASSES, OCCUPANCY_SHAPE
-from unipad.config import Augment, Data, Grid, Occupancy
+from unipad.cli import check_recipe
+from unipad.config import Augment, Data, Grid, Occupancy, Paste
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import apply_transform, make_transform
@@ -26,8 +31,8 @@ from unipad.errors import UserError
 from unipad.evaluate.occupancy import count, count_all, evaluate_occupancy, occupancy_table, summarize
 from unipad.evaluate.rayiou import THRESHOLDS, count_rays, first_hits, lidar_directions
 from unipad.model.occupancy import OccupancyModel, all_voxels, in_cells, learned_voxels, losses, voxel_centers
-from unipad.model.segment import lovasz_softmax
-from unipad.recipes import OCCUPANCY
+from unipad.model.pretrain import Pretrain
+from unipad.recipes import OCCUPANCY, PRETRAIN
 from unipad.runtime import generators
 
 RECIPE = OCCUPANCY["lidar"]["tiny"]
@@ -145,6 +150,10 @@ def test_ground_truth_scores_one_and_is_written_as_a_submission(validation, tmp_
     summary = summarize(counts.values(), tmp_path)
     assert (summary["miou"], summary["iou"], summary["rayiou"]) == (1, 1, 1)
     assert list(summary["iou_per_class"]) == list(OCCUPANCY_CLASSES[:FREE])
+    file = (tmp_path / "occupancy_summary.json").read_text()
+    assert math.isnan(summary["iou_per_class"]["others"]) and "NaN" not in file  # the city has none
+    assert json.loads(file)["iou_per_class"]["others"] is None
+    assert json.loads(file)["rayiou_per_class"]["others"] == [None] * 3
     words = occupancy_table(summary)
     assert (
         "mIoU: 1.0000" in words and "RayIoU at 2 m: 1.0000" in words and all(n in words for n in OCCUPANCY_CLASSES[:17])
@@ -167,9 +176,12 @@ def test_unreadable_frames_are_named_and_do_not_count(labeled, tmp_path, capsys)
     folder = tmp_path / "eval" / "occupancy"
     folder.mkdir(parents=True)
     (folder / f"{dataset.index.tokens[1].decode()}.npz").write_bytes(b"of an earlier model")
+    others = folder / "of_another_split.npz"
+    others.touch()
     counts = count_all(Perfect(RECIPE), dataset, ONE_PROCESS, folder=folder)
     out, err = capsys.readouterr()
-    assert len(counts) == 2 == len(list(folder.iterdir())) and f"skipped {file}: is damaged" in err
+    assert others.exists() and {file.stem for file in folder.iterdir()} - {others.stem} == counts.keys()
+    assert len(counts) == 2 and f"skipped {file}: is damaged" in err
     assert "incomplete: 1 of 3 frames of mini_val have no prediction" in out
     assert evaluate_occupancy(Perfect(RECIPE), dataset, tmp_path, ONE_PROCESS) == {"mIoU": 1, "IoU": 1}
 
@@ -218,8 +230,8 @@ def test_learned_voxels_are_those_in_the_mask_and_in_the_volume(batch):
 
 @pytest.mark.parametrize("most, full_ones", [(100, 50), (60_000, None)])
 def test_drawn_voxels_are_half_full_and_the_shift_corrects_for_it(most, full_ones, batch):
-    """If fewer than half can be full, all full ones are drawn. Of a predictor that only knows how many are full, the
-    shifted logits are those of the drawn voxels."""
+    """If fewer than half can be full, all full ones are drawn. The shift is the log of how much larger the odds of free
+    to full are among the drawn voxels than among all."""
     cfg = Occupancy(max_voxels=most)
     sample, voxel, _, shift = learned_voxels(batch, cfg, RECIPE.grid, rngs(2))
     assert torch.equal(voxel, learned_voxels(batch, cfg, RECIPE.grid, rngs(2))[1])
@@ -236,12 +248,17 @@ def test_drawn_voxels_are_half_full_and_the_shift_corrects_for_it(most, full_one
 
 
 def test_losses_by_hand():
-    """Two voxels of three classes, with probabilities 1/3 and 3/4 of the true one."""
+    """Two voxels of three classes, with probabilities 1/3 and 3/4 of the true one.
+
+    Lovász: of class 0 the errors are 2/3 at its voxel and 1/8 at the other one, and already the first makes its IoU 0:
+    2/3. Of class 2 they are 1/3 at the other voxel, which makes its IoU 1/2, and 1/4 at its own, which makes it 0:
+    1/3 * 1/2 + 1/4 * 1/2. Class 1 does not occur.
+    """
     logits = torch.tensor([[0.0, 0, 0], [0, 0, math.log(6)]]).double()
     labels = torch.tensor([0, 2])
     values = losses(Occupancy(classes=3, lovasz_weight=0.5), logits, labels)
     assert values["cross_entropy"].item() == pytest.approx((math.log(3) + math.log(4 / 3)) / 2)
-    assert values["lovasz"].item() == pytest.approx(0.5 * lovasz_softmax(logits.softmax(1), labels).item())
+    assert values["lovasz"].item() == pytest.approx(0.5 * (2 / 3 + 7 / 24) / 2)
     none = losses(Occupancy(), torch.zeros(0, 18, requires_grad=True), torch.zeros(0, dtype=torch.int64))
     assert not any(none.values())
 
@@ -341,6 +358,33 @@ def test_a_run_is_evaluated_and_drawn(run, validation, capsys):
     picture = np.asarray(Image.open(run / "eval" / "occupancy_0.png"))
     assert picture.shape[1] > 1000 and picture.std() > 20
     assert len(list((run / "eval" / "occupancy").glob("*.npz"))) == len(validation)
+    for file, key in METRICS["occupancy"].values():  # what benchmarks.label_efficiency reads
+        assert 0 <= json.loads((run / "eval" / file).read_text())[key] < 0.5
+
+
+def test_two_processes_have_the_scores_of_one(run, tmp_path):
+    done = evaluate_in_own_process(run, "--pictures", 1, "--out", tmp_path / "two", start=scripts.run_two)
+    assert done.returncode == 0, done.stderr[-4000:]
+    evaluate(run, "--pictures", 1, "--out", tmp_path / "one")
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("**/*") if file.suffix in (".json", ".npz")}
+        for name in ("one", "two")
+    )
+    assert len(one) == 4 and one == two  # the summary and three frames
+
+
+@pytest.mark.parametrize("modality", ["camera", "lidar"])
+def test_the_encoder_is_taken_from_pre_training(modality, labeled, tmp_path):
+    source = Pretrain(PRETRAIN[modality]["tiny"])
+    pretrained = save_run(tmp_path / "pretrained", source, labeled)
+    flags = ["--modality", modality, "--pretrained", pretrained, "--steps", 1, "--lr", 1e-12, "--val-every", 0]
+    finetune.main(parse(labeled, tmp_path / "run", *flags))
+    expected, weights = source.state_dict(), checkpoint(tmp_path / "run")["model"]
+    # --lr 1e-12 keeps the weights, but the step updates the buffers of batch norms: running_*, num_batches_tracked
+    taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
+    assert len(taken) > 20
+    for name in taken:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-9)
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(labeled, tmp_path):
@@ -377,6 +421,10 @@ def test_user_errors(run, labeled, tmp_path):
     with pytest.raises(UserError, match="17 classes, but nuScenes has 18"):
         recipe = replace(RECIPE, occupancy=replace(RECIPE.occupancy, classes=17))
         evaluate(save_run(tmp_path / "17", OccupancyModel(recipe), labeled))
+    with pytest.raises(UserError, match="--occupancy.classes 5: labels have 18 classes"):
+        parse(labeled, tmp_path / "run", "--occupancy.classes", 5)
+    with pytest.raises(UserError, match="objects cannot be pasted in fine-tuning for occupancy"):
+        check_recipe(replace(RECIPE, paste=Paste()))
     root = shutil.copytree(labeled, tmp_path / "set")
     for file in root.glob("gts/*/*/labels.npz"):
         np.savez(file, semantics=np.zeros((512, 512, 40), np.uint8), mask_lidar=0, mask_camera=0)

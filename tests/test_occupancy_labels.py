@@ -139,13 +139,15 @@ def test_a_voxel_is_full_where_a_solid_overlaps_it(size, taper, is_round, yaw):
 
 def test_existing_labels_are_kept_and_missing_ones_are_added(labeled, tmp_path):
     root = shutil.copytree(labeled, tmp_path / "city")
-    first, second, *_ = sorted(root.glob("gts/*/*/labels.npz"))
-    before = second.read_bytes()
+    first, second, third, *_ = sorted(root.glob("gts/*/*/labels.npz"))
+    before, expected = second.read_bytes(), [first.read_bytes(), third.read_bytes()]
     shutil.rmtree(first.parent)
+    third.unlink()  # its folder stays
     second.write_bytes(b"of the user")
     assert len(NuScenesDataset(root, VERSION, "mini_train", RECIPE.data).with_occupancy()) == 3
     assert len(NuScenesDataset(root, VERSION, "mini_val", RECIPE.data).with_occupancy()) == 3
-    assert first.exists() and second.read_bytes() == b"of the user" != before
+    assert [first.read_bytes(), third.read_bytes()] == expected
+    assert second.read_bytes() == b"of the user" != before
 
 
 def damaged(change):
@@ -211,15 +213,35 @@ def test_a_dataset_without_labels_is_a_user_error(city_copy, capsys):
     assert unlabeled.occupancy is None and unlabeled.ego2lidar.shape == (4, 4)
     folder = city_copy / "gts" / "scene-0103" / dataset.index.tokens[1].decode()
     folder.mkdir(parents=True)
+    with pytest.raises(DataError, match="has no occupancy labels"):  # the folder is empty
+        dataset.with_occupancy()
+    (folder / "labels.npz").touch()
+    assert dataset.with_occupancy(verbose=False).frames.tolist() == [1]
+    assert "left out" not in capsys.readouterr().err
     assert dataset.with_occupancy().frames.tolist() == [1]
     assert "2 frames are left out; without labels, such as gts/scene-0103/" in capsys.readouterr().err
 
 
-def test_labels_cannot_be_added_to_a_city_of_unknown_settings(labeled, tmp_path):
+@pytest.mark.parametrize(
+    "text, flags",
+    [
+        ("", "--scenes SCENES --keyframes KEYFRAMES --seed SEED"),
+        ("my notes", "--scenes SCENES --keyframes KEYFRAMES --seed SEED"),
+        ("scenes: many", "--scenes SCENES --keyframes KEYFRAMES --seed SEED"),
+        (
+            "scenes: 128\nkeyframes: 4\nimage_size: (32, 48)",
+            "--scenes 128 --keyframes 4 --seed SEED --image-size 32 48",
+        ),
+    ],
+    ids=["empty", "notes", "not a number", "no seed"],
+)
+def test_labels_cannot_be_added_to_a_city_of_unknown_settings(text, flags, labeled, tmp_path):
+    """They would be another city's; and so would the city of the command that is proposed, if it lacked settings."""
     root = shutil.copytree(labeled, tmp_path / "city", ignore=shutil.ignore_patterns("gts"))
-    (root / "README.txt").write_text("scenes: many")
-    with pytest.raises(UserError, match="cannot be added to the synthetic city in .* --occupancy"):
+    (root / "README.txt").write_text(text)
+    with pytest.raises(UserError, match=f"cannot be added to the synthetic city in .* --occupancy {flags}.$"):
         synthetic.add_occupancy(root)
+    assert not (root / "gts").exists()
 
 
 def test_origins_of_rays_are_the_lidar_at_keyframes_nearby(validation):

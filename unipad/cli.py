@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import tyro
 
-from unipad.config import CONVNEXT, FinetuneRecipe, PretrainRecipe, Recipe, from_dict
+from unipad.batch import OCCUPANCY_CLASSES
+from unipad.config import CONVNEXT, FinetuneRecipe, OccupancyRecipe, PretrainRecipe, Recipe, from_dict
 from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
@@ -159,6 +160,22 @@ def check_recipe(recipe: Recipe):
         _check_supervision(recipe)
     elif isinstance(recipe, FinetuneRecipe) and (recipe.data.sources or not recipe.data.sweeps or recipe.data.features):
         raise UserError("--data.sources, --data.features and --data.sweeps 0 are for pre-training; leave them out.")
+    if isinstance(recipe, OccupancyRecipe):
+        _check_occupancy(recipe)
+
+
+def _check_occupancy(recipe):
+    """Raises `UserError` for settings that the labels of voxels do not allow."""
+    if recipe.occupancy.classes != len(OCCUPANCY_CLASSES):
+        raise UserError(
+            f"--occupancy.classes {recipe.occupancy.classes}: labels have {len(OCCUPANCY_CLASSES)} classes, free "
+            "included; leave the flag out."
+        )
+    if recipe.paste is not None:
+        raise UserError(
+            "objects cannot be pasted in fine-tuning for occupancy, since the labels of the voxels would stay as they "
+            'are: set "paste" to null in the config.json.'
+        )
 
 
 def _check_supervision(recipe):

@@ -322,7 +322,7 @@ class Occupancy:
     channels: int = 32  # channels of the volume that the head reads
     hidden: int = 64  # width of the MLP
     # voxels to learn: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene saw; or
-    # all, the unseen ones as free
+    # all, with the labels that the file has
     mask: Literal["camera", "lidar", "none"] = "camera"
     max_voxels: int = 0  # at most this many of them per sample and step, drawn at random, half of them full; 0: all
     cross_entropy_weight: float = 1.0  # weight of the cross-entropy

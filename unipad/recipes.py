@@ -384,8 +384,8 @@ SEGMENT = {
 }
 
 # Fine-tuning for occupancy. The paper has none: encoders are those of detection, and so is what moves their inputs; 24
-# epochs are those of SparseOcc and FlashOcc on Occ3D-nuScenes. The loss of depth bins has a tenth of its weight there:
-# it is ten times the other losses.
+# epochs are those of SparseOcc and FlashOcc on Occ3D-nuScenes. The loss of depth bins has a tenth of its weight there.
+# No frames are drawn by the classes of their boxes, and no objects are pasted, since the labels of voxels lack them.
 
 
 def _for_occupancy(camera):

@@ -186,6 +186,11 @@ class DrivingDataset(torch.utils.data.Dataset):
         """{scene: indices of its frames in the dataset, in the order of time}; {} without scenes."""
         return {}
 
+    def tokens(self) -> list[str]:
+        """`Sample.token` of all frames of the split, missing ones too: of those without a prediction, an evaluation
+        removes the file that an earlier one wrote. []: it removes none."""
+        return []
+
     def fingerprint(self) -> str:
         """A string that changes with the dataset: caches made from the dataset are then rebuilt."""
         return ""
@@ -198,9 +203,9 @@ class DrivingDataset(torch.utils.data.Dataset):
         """Raise `DataError` unless every frame has `point_labels`."""
         raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")
 
-    def with_occupancy(self, labels: bool = True) -> "DrivingDataset":
+    def with_occupancy(self, labels: bool = True, verbose: bool = True) -> "DrivingDataset":
         """This dataset with `ego2lidar` and, if `labels`, `occupancy` in its samples: only frames that have these
-        labels remain. Raises `DataError` if there are none."""
+        labels remain, and if `verbose` the number of the others is reported. Raises `DataError` if there are none."""
         raise DataError(f"{self.root / self.version} has no occupancy labels.")
 
     def lidar_origins(self) -> dict[str, np.ndarray]:

@@ -226,9 +226,12 @@ def build_occupancy(nusc, split: str, scenes: set[str], verbose: bool) -> Occupa
     lidar2global = _sensor2global(nusc, lidar)
     lidar2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in lidar])
     names = [nusc.get("scene", s["scene_token"])["name"] for s in samples]
+    rows = {name: [] for name in names}  # of each scene's keyframes, in the order of time
+    for f, name in enumerate(names):
+        rows[name].append(f)
     origins = np.full((len(samples), MAX_ORIGINS, 3), np.nan, np.float32)
     for f, name in enumerate(names):
-        of_scene = lidar2global[[other == name for other in names], :, 3]  # [K, 4], in the order of time
+        of_scene = lidar2global[rows[name], :, 3]  # [K, 4]
         here = (of_scene @ (lidar2ego[f] @ np.linalg.inv(lidar2global[f])).T)[:, :3]
         here = here[(np.abs(here[:, :2]) < ORIGIN_RANGE).all(axis=1)]
         if len(here) > MAX_ORIGINS:

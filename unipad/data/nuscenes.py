@@ -119,6 +119,9 @@ class NuScenesDataset(DrivingDataset):
         indices = {name: [index_of[t] for t in tokens if t in index_of] for name, tokens in scenes.items()}
         return {name: of_scene for name, of_scene in indices.items() if of_scene}
 
+    def tokens(self):
+        return [token.decode() for token in self.index.tokens]
+
     def fingerprint(self):
         return tables_state(self.root, self.version)
 
@@ -133,33 +136,37 @@ class NuScenesDataset(DrivingDataset):
             where = f"{self.root / self.version} {self.split}"
             raise DataError(f"{where} has frames without lidarseg labels; unpack nuScenes-lidarseg in {self.root}.")
 
-    def with_occupancy(self, labels=True):
+    def with_occupancy(self, labels=True, verbose=True):
         """This dataset with occupancy labels. Those of a synthetic city without any are made first."""
         dataset = copy.copy(self)
         dataset.occupancy_index, dataset.occupancy_labels = load_occupancy(self.root, self.version, self.split), labels
         if not labels:
             return dataset
         files = dataset.occupancy_index.files[self.frames]
-        # each file has a folder of its own, so that their parents are quicker to list
-        folders = np.char.rpartition(files, b"/")[:, 0]
-        present = on_disk(self.root, folders)
+        present = self._are_labeled(files)
         if not present.all() and is_synthetic(self.root):
             add_occupancy(self.root)
-            present = on_disk(self.root, folders)
+            present = self._are_labeled(files)
         if not present.any():
             raise DataError(
                 f"{self.root} has no occupancy labels, such as {files[0].decode()}; unpack gts of Occ3D-nuScenes there."
             )
-        if not present.all():
+        if verbose and not present.all():
             where, missing = f"{self.root / self.version} {self.split}", files[~present]
             _report(f"{where}: {len(missing)} frames are left out; without labels, such as {missing[0].decode()}")
         dataset.frames = self.frames[present]
         return dataset
 
+    def _are_labeled(self, files):
+        """Which of the occupancy labels exist, [F] bool. Each has a folder of its own: those that do not exist, as
+        their parent says, are not listed."""
+        present = on_disk(self.root, np.char.rpartition(files, b"/")[:, 0])
+        present[present] = on_disk(self.root, files[present])
+        return present
+
     def lidar_origins(self):
-        tokens, origins = self.index.tokens, self.occupancy_index.origins
-        pairs = zip(tokens, origins, strict=True)
-        return {token.decode(): of_frame[~np.isnan(of_frame[:, 0])] for token, of_frame in pairs}
+        pairs = zip(self.tokens(), self.occupancy_index.origins, strict=True)
+        return {token: of_frame[~np.isnan(of_frame[:, 0])] for token, of_frame in pairs}
 
     def load(self, frame):
         index = self.index

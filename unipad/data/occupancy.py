@@ -4,8 +4,8 @@
     mask_lidar   the same shape, 1: a LiDAR ray of the scene has passed through the voxel, or ended in it
     mask_camera  1: besides, a camera of this keyframe sees it
 
-Axes are x, y and z of the ego frame. Labels of other benchmarks on nuScenes have other grids, classes or arrays, by
-which they are refused.
+Axes are x, y and z of the ego frame. Labels of other benchmarks on nuScenes have other grids, classes or arrays, and
+are refused.
 """
 
 import zipfile

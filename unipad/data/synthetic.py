@@ -56,6 +56,7 @@ MAP_CELL = 0.1  # meters per pixel of the map, as the devkit assumes
 MAP_SQUARE = 4  # pixels: side of the squares, each of one color, of which the map consists
 FEATURES = 16  # channels of the features of the default city with features
 FEATURE_SQUARE = 4  # pixels: side of the squares that features are of
+LABELS_NEED = "scenes", "keyframes", "seed"  # settings on which occupancy labels and their files' names depend
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
@@ -187,17 +188,29 @@ def add_occupancy(root, workers=None):
         for line in (root / "README.txt").read_text().splitlines():
             name, _, value = line.partition(": ")
             if name in Args.__dataclass_fields__:
-                settings[name] = ast.literal_eval(value)
+                try:
+                    settings[name] = ast.literal_eval(value)
+                except (ValueError, SyntaxError):
+                    raise SettingError(f'its README.txt says "{line}"') from None
+        if missing := [name for name in LABELS_NEED if name not in settings]:
+            raise SettingError(f"its README.txt does not say {', '.join(missing)}")
         args = Args(out=root, workers=workers, **settings)
         _check(args)
         (root / "gts").mkdir(exist_ok=True)
-    except (OSError, ValueError, TypeError, SyntaxError, SettingError) as error:
+    except (OSError, ValueError, TypeError, SettingError) as error:
+        # with defaults in their place, another city would be generated
+        given = {name: settings.get(name, name.upper()) for name in dict.fromkeys([*LABELS_NEED, *settings])}
+        flags = " ".join(f"--{name.replace('_', '-')} {_as_flag(value)}" for name, value in given.items())
         raise SettingError(
-            f"occupancy labels cannot be added to the synthetic city in {root} ({error}); generate it again with "
-            f"python -m unipad.data.synthetic --out {root} --occupancy."
+            f"occupancy labels cannot be added to the synthetic city in {root} ({error}); generate it again, with the "
+            f"settings that it has: python -m unipad.data.synthetic --out {root} --occupancy {flags}."
         ) from None
     print(f"making occupancy labels of the synthetic city in {root}, once", flush=True)
     _write_occupancy(args, root, progress=True)
+
+
+def _as_flag(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _check(args):
@@ -267,8 +280,7 @@ def _run_all(work, tasks, workers, done):
     results = []
     while workers > 1 and len(results) < len(tasks):
         others = set(multiprocessing.active_children())
-        # Ctrl-C reaches every process of the terminal: workers ignore it, and this process ends them
-        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (work,)) as pool:
             processes = set(multiprocessing.active_children()) - others
             rendered = pool.imap(work, tasks[len(results) :])
             while len(results) < len(tasks):
@@ -284,6 +296,15 @@ def _run_all(work, tasks, workers, done):
         results.append(work(task))
         done()
     return results
+
+
+def _start_worker(work):
+    # Ctrl-C reaches every process of the terminal: workers ignore it, and their parent ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if work is _label:
+        import torch
+
+        torch.set_num_threads(1)  # else every worker would use all cores
 
 
 @lru_cache(maxsize=1)
@@ -345,10 +366,12 @@ def _label(task):
     stamps = {channel: frames_of(args, channel, k)[-1][0] / 1e6 for channel in (*rig.CAMERAS, rig.LIDAR)}
     time, keyframes = stamps.pop(rig.LIDAR), [frames_of(args, rig.LIDAR, i)[-1][0] / 1e6 for i in range(args.keyframes)]
     arrays = occupancy_labels(scene_of(args, name), time, keyframes, stamps)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    of_scene = file.parent.parent
+    of_scene.mkdir(parents=True, exist_ok=True)
+    unfinished = of_scene / f".{file.parent.name}.{os.getpid()}"
     with open(unfinished, "wb") as opened:
         np.savez_compressed(opened, **arrays)
+    file.parent.mkdir(exist_ok=True)
     unfinished.replace(file)
 
 

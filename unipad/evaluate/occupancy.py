@@ -8,6 +8,7 @@ has no IoU, and the mean leaves it out; one that is only predicted has IoU 0.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -79,9 +80,10 @@ def count_all(
 
     consequence = "they are not scored and have no file"
     counts = predict_all(model, dataset, world, predict, batch_size, workers, "predicting voxels", consequence)
-    for file in folder.glob("*.npz") if folder is not None and world.is_main else ():
-        if file.stem not in counts:  # of an earlier evaluation
-            file.unlink()
+    # a frame without prediction must have no file; other splits' files stay
+    for token in dataset.tokens() if folder is not None and world.is_main else ():
+        if token not in counts:
+            (folder / f"{token}.npz").unlink(missing_ok=True)
     return counts
 
 
@@ -99,7 +101,8 @@ def summarize(counts, folder: Path) -> dict:
     """The metrics of frames' `Counts`, also written to `occupancy_summary.json` in `folder`.
 
     Returns miou and iou in [0, 1], iou_per_class: class -> value; with rays also rayiou, the mean over thresholds and
-    classes, rayiou_per_threshold, and rayiou_per_class: class -> value of each threshold. NaN: the class is absent.
+    classes, rayiou_per_threshold, and rayiou_per_class: class -> value of each threshold. NaN, and
+    null in the file: the class is absent.
     """
     total = reduce(add, counts)
     right, true, predicted = (total.confusion.diagonal(), *(total.confusion.sum(axis=i) for i in (1, 0)))
@@ -120,8 +123,17 @@ def summarize(counts, folder: Path) -> dict:
             "rayiou_per_class": dict(zip(names, of_rays.T.tolist(), strict=True)),
         }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "occupancy_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "occupancy_summary.json").write_text(json.dumps(_with_null(summary), indent=2) + "\n")
     return summary
+
+
+def _with_null(value):
+    """A summary with None for each NaN, which is not JSON."""
+    if isinstance(value, dict):
+        return {name: _with_null(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_null(inner) for inner in value]
+    return None if math.isnan(value) else value
 
 
 def mean(values: np.ndarray) -> float:

@@ -5,6 +5,10 @@
                                                                            by less than the threshold
 Rays count whose true hit is not free. A distance ends where the ray leaves the full voxel that it hits or, without one,
 the grid; a ray without a hit has the class free.
+
+Two rare cases differ from SparseOcc's code. A ray that never enters the grid has the class of the grid's first voxel
+there, and is free here. A start less than a voxel below the grid along an axis (z = -1 m, say) is moved into the first
+voxel there; here the ray enters the grid where it meets it.
 """
 
 import math

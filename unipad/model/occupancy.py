@@ -34,7 +34,8 @@ class OccupancyModel(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(recipe)
-        if isinstance(recipe.lidar, config.LidarConfig) and recipe.lidar.learnable_token:  # nothing is masked here
+        # nothing is masked here, so it gets no gradient
+        if isinstance(recipe.lidar, config.LidarConfig) and recipe.lidar.learnable_token:
             self.encoder.lidar.mask_token.requires_grad_(False)
         self.head = Head(recipe.occupancy, recipe.grid, self.encoder.channels)
 

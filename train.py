@@ -222,10 +222,14 @@ def open_datasets(args, world):
 def with_ray_origins(recipe, has_images, print0):
     """A LiDAR recipe adapted to the dataset: without images, rays start at the LiDAR.
 
-    Raises `UserError` if the recipe has a color loss then, since these rays have no color.
+    Raises `UserError` if the recipe has a loss of pixels then, since these rays see none.
     """
     if recipe.data.cameras and has_images:
         return recipe
+    if recipe.render.photometric_weight:
+        raise UserError(
+            "rays from the LiDAR see no pixel: they need --render.photometric-weight 0, without --data.sources."
+        )
     if recipe.render.rgb_weight or recipe.render.features_weight:
         raise UserError("rays from the LiDAR see no pixel: they need --render.rgb-weight 0 --render.features-weight 0.")
     if recipe.data.cameras:
@@ -255,7 +259,9 @@ def summary(metrics, path):
     lines = []
     if metrics:
         lines += [f"{'held-out frames':<20}" + "".join(f"{when:>10}" for when in metrics)]
-        for name in next(iter(metrics.values())):
+        first, *others = metrics.values()
+        # the files of a resumed run may have changed, and with them what can be measured
+        for name in (name for name in first if all(name in values for values in others)):
             lines += [f"{name:<20}" + "".join(f"{values[name]:>10.3f}" for values in metrics.values())]
         lines += [f"pictures     {path / 'images'}"]
     lines += [f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]

@@ -42,7 +42,7 @@ def small(recipe):
         recipe,
         grid=SMALL_GRID,
         data=replace(recipe.data, image_size=(64, 112)),
-        rays=replace(recipe.rays, per_view=9 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
+        rays=replace(recipe.rays, per_view=45 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
         render=replace(recipe.render, samples=16, importance=8, search=16),
     )
 
@@ -57,6 +57,7 @@ def step(net, batch, device):
     autocast, scaler = mixed_precision("fp32", torch.device(device))
     with autocast:
         losses, _ = net(batch.to(device), generators(seed=0, step=0, positions=[0], device=device))
+    assert losses.get("photometric", 1) > 0  # some patch is counted
     loss = sum(losses.values())
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)

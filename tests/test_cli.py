@@ -70,6 +70,10 @@ def another(hint, value):
 
 # Settings that another setting limits -> command-line arguments instead of those of `another`
 LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
+LIMITED |= {"data.sources": (-2, 2), "rays.patch_step": (2,)}
+# Settings that the photometric loss does not allow, and those that no recipe without it may have
+NOT_WITH_PHOTOMETRIC = {"rays.strategy", "augment.photometric", "augment.grid_mask"}
+ONLY_WITH_PHOTOMETRIC = {"data.sources", "render.photometric_weight"}
 
 
 @for_every_preset
@@ -78,6 +82,8 @@ def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     pretrains = isinstance(recipe, PretrainRecipe)
     rejected = {"data.camera_sweeps" if recipe.camera is None else "data.cameras"}
     rejected |= {"data.cameras"} if pretrains else {"data.features"}  # the former since it gets features
+    photometric = pretrains and recipe.render.photometric_weight > 0
+    rejected |= NOT_WITH_PHOTOMETRIC if photometric else ONLY_WITH_PHOTOMETRIC
     for name, hint, value in settings(recipe):
         if name in rejected:
             continue

@@ -136,16 +136,6 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=7.5),
         ),
-        "images-tiny": PretrainRecipe(
-            grid=TINY_GRID,
-            data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),
-            camera=TINY_CAMERA,
-            rays=RayChoice(strategy="patch", per_view=126, patch_step=4, sky=0.0),
-            # The default variance, as in the LiDAR recipe: a sharp surface right in front of a camera is seen by no
-            # source, and so has no gradient.
-            render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=30.0),
-            optim=replace(TINY_OPTIM, epochs=10),
-        ),
         "features-tiny": PretrainRecipe(
             grid=TINY_GRID,
             data=TINY_FEATURES,
@@ -162,12 +152,22 @@ PRETRAIN = {
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
         # (in nuScenes 900 x 1600)
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
-        # The same without LiDAR, not in the paper; the steps of a patch are as wide, in angles, as in images-tiny
+        "images-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),
+            camera=TINY_CAMERA,
+            rays=RayChoice(strategy="patch", per_view=63, patch_step=4, sky=0.0),
+            # The default variance, as in the LiDAR recipe: a sharp surface right in front of a camera is seen by no
+            # source, and so has no gradient.
+            render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=10.0),
+            optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
+        # camera-0.1 without LiDAR, not in the paper; the steps of a patch are as wide, in angles, as in images-tiny
         "camera-0.1-images": PretrainRecipe(
             data=Data(sweeps=0, sources=(-1, 1)),
             camera=CameraConfig(),
             rays=RayChoice(strategy="patch", patch_step=28),
-            render=Render(depth_weight=0.0, photometric_weight=30.0),
+            render=Render(depth_weight=0.0, photometric_weight=10.0),
         ),
     },
     "lidar": {

@@ -229,6 +229,7 @@ def with_ray_origins(recipe, has_images, print0):
     losses = [name for name in ("rgb", "photometric", "features") if getattr(recipe.render, f"{name}_weight")]
     if losses:
         flags = [f"--render.{name}-weight 0" for name in losses]
+        flags += ["--data.sources"] if "photometric" in losses else []  # without a number: none
         flags += ["--data.features None"] if "features" in losses else []
         raise UserError(f"rays from the LiDAR see no pixel: they need {' '.join(flags)}.")
     if recipe.data.cameras:
@@ -258,7 +259,9 @@ def summary(metrics, path):
     lines = []
     if metrics:
         lines += [f"{'held-out frames':<20}" + "".join(f"{when:>10}" for when in metrics)]
-        for name in next(iter(metrics.values())):
+        first, *others = metrics.values()
+        # the files of a resumed run may have changed, and with them what can be measured
+        for name in (name for name in first if all(name in values for values in others)):
             lines += [f"{name:<20}" + "".join(f"{values[name]:>10.3f}" for values in metrics.values())]
         lines += [f"pictures     {path / 'images'}"]
     lines += [f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]

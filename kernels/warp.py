@@ -17,7 +17,8 @@ from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 
-MIN_DEPTH = 0.1  # meters in front of a camera: what is nearer is not seen; the kernel has it as a literal
+MIN_DEPTH = 0.1  # meters in front of a camera: what is nearer is not seen
+NEAREST = tl.constexpr(MIN_DEPTH)  # the same for the kernel
 
 
 def warp(
@@ -142,7 +143,7 @@ def _warp_fwd_kernel(
     v_d, v_step = _row(projections_ptr + image * 16 + 4, origins_ptr + r * 3, directions_ptr + r * 3, ok)
     d, d_step = _row(projections_ptr + image * 16 + 8, origins_ptr + r * 3, directions_ptr + r * 3, ok)
     d += depth * d_step
-    behind = d < 0.1
+    behind = d < NEAREST
     d = tl.where(behind, 1.0, d)
     u, v = (u_d + depth * u_step) / d, (v_d + depth * v_step) / d
     x, y = u - 0.5, v - 0.5

@@ -61,7 +61,31 @@ def test_patches_reach_every_place():
     batch = make_batch([[]], views=1, size=(32, 32), unpadded=(16, 16))
     rays = choose_rays(batch, RayChoice(strategy="patch", per_view=9 * 2000, sky=0.5), seeded_generators(0))
     places = {tuple(place) for place in rays.rgb.view(-1, 9, 3)[:, 0, :2].tolist()}
-    assert places == {(u / 32, v / 16) for u in range(14) for v in range(8, 14)}
+    assert places == {(u / 32, v / 16) for u in range(1, 13) for v in range(8, 13)}  # 1 pixel from the borders
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_patches_are_seen_in_their_own_image(step):
+    """Also at its borders, in images averaged over squares, and whatever the rounding: all pixels count alike."""
+    batch = make_batch([[]], size=(32, 64), unpadded=(31, 50))
+    batch = replace(batch, source_images=batch.images, source_sizes=batch.image_sizes, lidar2source=batch.lidar2image)
+    cfg = RayChoice(strategy="patch", per_view=9 * 500, patch_step=step, sky=0.0)
+    rays, images = choose_rays(batch, cfg, seeded_generators(0)), sources_of(batch, cfg).keyframe
+    bundle = rays.origins, rays.directions, rays.volume_idx
+    _, seen = warp(torch.full((len(rays),), 7.0), bundle, images.pixels, images.projections, images.sizes)
+    assert seen[: 9 * 500, 0].all() and seen[9 * 500 :, 1].all()
+    assert rays.rgb[: 9 * 500, 0].min() == (step + 1) // 2 / 32  # as near to the border as that allows
+
+
+def test_images_without_room_for_a_patch():
+    batch = make_batch([[]], views=1, size=(32, 64), unpadded=(30, 50))
+    with pytest.raises(UserError, match="images of 32 x 64 pixels have no room for a patch, which takes 112 x 112"):
+        choose_rays(batch, RayChoice(strategy="patch", patch_step=28), seeded_generators(0))
+    # among larger ones, which is known on the device alone: the patch ends where the image does
+    batch = replace(batch, image_sizes=torch.tensor([[[12, 10]]]))
+    rays = choose_rays(batch, RayChoice(strategy="patch", patch_step=8), seeded_generators(0))
+    column, row, _ = (rays.rgb * torch.tensor([32.0, 16, 1])).unbind(-1)
+    assert set(column.tolist()) == {0, 8, 9} and set(row.tolist()) == {0, 8, 11}
 
 
 def test_a_patchs_pixels_have_lidar_depth_where_there_is_a_point():
@@ -179,6 +203,18 @@ def test_what_does_not_move_in_the_image_is_not_counted():
     assert not counted.any() and not error.any()
 
 
+def test_the_same_place_in_a_smaller_image():
+    """Of a car at rest, whose camera's images are stored in half the size between keyframes."""
+    at_origin = (0.0, 0.0, 0.0)
+    for position, moves in ((at_origin, False), (ASIDE, True)):
+        rays, sources = scene([ASIDE])
+        half = torch.nn.functional.avg_pool2d(view_of_plane(position).permute(2, 0, 1), 2).permute(1, 2, 0)
+        projections = torch.diag(torch.tensor([0.5, 0.5, 1, 1])) @ projection_of(ASIDE)
+        others = Images(half[None, None], projections[None, None], sources.others.sizes // 2)
+        _, counted = error_at((1.0 if moves else 1.3) * rays.depth, rays, replace(sources, others=others))
+        assert counted.all() if moves else not counted.any()
+
+
 def test_only_a_rays_own_camera_says_what_does_not_move():
     """Two cameras in the same place: what the second one sees unmoved counts for its own rays alone."""
     same = view_of_plane((0.0, 0.0, 0.0))
@@ -229,7 +265,7 @@ def test_coarse_patches_are_read_from_averaged_images(step):
     images = sources.keyframe
     colors, seen = warp(torch.full((90,), 7.0), bundle, images.pixels, images.projections, images.sizes)
     expected = torch.stack([column.flatten() / 32, row.flatten() / 16], dim=1)
-    assert seen.float().mean() > 0.8
+    assert seen.all()
     torch.testing.assert_close(colors[seen][:, :2], expected[seen[:, 0]], atol=1e-4, rtol=0)
 
 
@@ -288,16 +324,37 @@ def test_sources_are_the_frames_around_the_keyframe(city):
     assert batch.to("cpu").keyframe().source_images.dtype == torch.uint8
 
 
+def test_next_is_not_read(city, tmp_path):
+    """Other converters leave it empty: frames after the keyframe are those whose `prev` leads there."""
+    root = shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
+    table = root / VERSION / "sample_data.json"
+    table.write_text(json.dumps([{**row, "next": "unknown"} for row in json.loads(table.read_text())]))
+    files = [NuScenesDataset(r, VERSION, "mini_val", BOTH).source_index.image_files for r in (city, root)]
+    assert np.array_equal(*files) and (files[0][:, 6:] != b"").any()
+
+
+def test_sources_of_camera_sweeps_are_the_keyframes(city):
+    data = Data(sweeps=0, sources=(-1,), camera_sweeps=2)
+    dataset = NuScenesDataset(city, VERSION, "mini_val", data)
+    batch = collate([dataset[1]]).to("cpu")
+    assert batch.images.shape[1] == 12
+    sources = sources_of(batch.keyframe(), RayChoice(strategy="patch", patch_step=2))
+    assert sources.keyframe.pixels.shape == sources.others.pixels.shape == (1, 6, 48, 64, 3)
+
+
 def test_points_look_alike_in_the_keyframe_and_its_sources(city):
     """At their true depths, pixels of LiDAR points have a smaller error than at others, and augmentation changes
     neither."""
     data = Data(image_size=(144, 256), sources=(-1, 1))
-    errors = {}
+    errors, ends = {}, {}
     for name, vary in (("plain", None), ("moved", Augment(rotation=0.4, scale=(1.1, 1.1), flip_x=1.0))):
         dataset = NuScenesDataset(city, VERSION, "mini_val", data, augment=vary)
         batch = collate([dataset.read(1, None if vary is None else np.random.default_rng(0))]).to("cpu")
         cfg = RayChoice(strategy="patch", per_view=9 * 3000, sky=0.0)
         rays, sources = choose_rays(batch, cfg, seeded_generators(0)), sources_of(batch, cfg)
+        points = torch.nn.functional.pad(batch.points[:, :3], (0, 1), value=1.0)
+        u, v, d, _ = torch.einsum("mij,pj->imp", batch.lidar2source[0].double(), points.double())
+        ends[name] = torch.stack([u / d, v / d], dim=-1)[d > 3]
         assert sources.keyframe.pixels.shape[1] == 6 and sources.others.pixels.shape[1] == 12
         of_patch = rays.depth.view(-1, 9)
         middle = of_patch[:, 4:5].expand(-1, 9)  # all of a patch's rays at the depth of its middle
@@ -307,6 +364,7 @@ def test_points_look_alike_in_the_keyframe_and_its_sources(city):
             errors[name, scale] = error[counted].mean().item()
             assert counted.sum() > 300
         assert errors[name, 1.0] < 0.8 * min(errors[name, 0.7], errors[name, 1.4])
+    torch.testing.assert_close(ends["moved"], ends["plain"], rtol=1e-5, atol=1e-3)  # pixels
     for scale in (0.7, 1.0, 1.4):
         assert errors["moved", scale] == pytest.approx(errors["plain", scale], rel=0.2)
 
@@ -314,6 +372,10 @@ def test_points_look_alike_in_the_keyframe_and_its_sources(city):
 def test_a_dataset_without_sources_is_refused():
     with pytest.raises(UserError, match="does not read --data.sources"):
         sources_of(make_batch([[]]), RayChoice(strategy="patch"))
+    batch = make_batch([[]])
+    one = dict(source_images=batch.images[:, :1], source_sizes=batch.image_sizes[:, :1])
+    with pytest.raises(UserError, match="1 source images are not some frames of 2 cameras"):
+        sources_of(replace(batch, **one, lidar2source=batch.lidar2image[:, :1]), RayChoice(strategy="patch"))
 
 
 # Training
@@ -323,11 +385,15 @@ FLAGS += ["--steps", 2, "--log-every", 1, "--val-samples", 2, "--picture-stride"
 FLAGS += ["--render.samples", 8, "--render.importance", 4]
 
 
-def train_on(root, tmp_path, *flags):
+FLAGS_OF_LIDAR = ["--modality", "lidar", "--preset", "tiny", "--rays.strategy", "patch", "--data.sources", -1, 1]
+FLAGS_OF_LIDAR += ["--render.rgb-weight", 0, "--render.photometric-weight", 10]
+
+
+def train_on(root, out, *flags):
     """The rows of log.jsonl of a short run."""
-    args = [root if flag == "ROOT" else flag for flag in (*FLAGS, "--out", tmp_path / "run", *flags)]
+    args = [root if flag == "ROOT" else flag for flag in (*FLAGS, "--out", out, *flags)]
     train.main(train.parse(args))
-    return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def test_training_reads_no_lidar(city, tmp_path, capsys):
@@ -337,14 +403,32 @@ def test_training_reads_no_lidar(city, tmp_path, capsys):
     (root / VERSION / "lidarseg.json").unlink()
     for file in NuScenesDataset(root, VERSION, "mini_train", Data()).index.lidar_files:
         (root / file.decode()).unlink()
-    rows = train_on(root, tmp_path)
+    rows = train_on(root, tmp_path / "run")
     assert any("train/photometric" in row for row in rows) and not any("train/depth" in row for row in rows)
     assert any("val/depth_abs_rel" in row and "val/psnr" in row for row in rows)
     assert "left out" not in capsys.readouterr().err
+    first, *others = sorted((root / "samples" / "LIDAR_TOP").iterdir())
+    assert NuScenesDataset.has_points(root, VERSION, "mini_val") and others
+    first.unlink()
+    assert not NuScenesDataset.has_points(root, VERSION, "mini_val")  # images alone, not the few frames that have some
     shutil.rmtree(root / "samples" / "LIDAR_TOP")
-    rows = train_on(root, tmp_path, "--out", tmp_path / "without")
-    rows = [json.loads(line) for line in (tmp_path / "without" / "log.jsonl").read_text().splitlines()]
+    rows = train_on(root, tmp_path / "without")
     assert any("val/psnr" in row for row in rows) and not any("val/depth_abs_rel" in row for row in rows)
+    rows = train_on(root, tmp_path / "nothing", "--render.rgb-weight", 0)  # nothing to measure, but it trains
+    assert any("train/photometric" in row for row in rows) and not any("val/psnr" in row for row in rows)
+
+
+def test_the_summary_has_what_was_measured_before_and_after(tmp_path):
+    """LiDAR files may be gone when a run is resumed."""
+    metrics = {"before": {"psnr": 1.0, "depth_rmse": 2.0}, "after": {"psnr": 3.0}}
+    assert "psnr" in (text := train.summary(metrics, tmp_path)) and "depth" not in text
+
+
+def test_rays_from_the_lidar_have_no_patches():
+    recipe = train.parse(FLAGS_OF_LIDAR).recipe
+    with pytest.raises(UserError, match="--render.photometric-weight 0"):
+        train.with_ray_origins(recipe, has_images=False, print0=print)
+    assert train.with_ray_origins(recipe, has_images=True, print0=print) == recipe
 
 
 @pytest.mark.parametrize(
@@ -354,6 +438,7 @@ def test_training_reads_no_lidar(city, tmp_path, capsys):
         (["--data.sources", 0], "different numbers of frames"),
         (["--data.sources", 13], "different numbers of frames"),
         (["--rays.per-view", 8], "no room for a patch"),
+        (["--rays.patch-step", 200], "images of 128 x 224 pixels have no room for a patch"),
         (["--rays.strategy", "random"], "--rays.strategy patch"),
         (["--render.depth-weight", 1], "--render.depth-weight 0"),
         (["--render.photometric-weight", 0], "--data.sources has no effect"),

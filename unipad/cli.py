@@ -181,6 +181,8 @@ def _check_occupancy(recipe):
 def _check_supervision(recipe):
     """Raises `UserError` for losses without the data that they compare with."""
     data, rays, render = recipe.data, recipe.rays, recipe.render
+    if rays.strategy == "patch" and data.cameras and data.image_size is not None:
+        rays.check_room(*data.image_size)
     if render.photometric_weight > 0:
         if not (data.cameras and data.sources and rays.strategy == "patch"):
             raise UserError(

@@ -231,6 +231,26 @@ class RayChoice:
                 f"--rays.per-view {self.per_view} has no room for a patch of {self.patch} x {self.patch} rays."
             )
 
+    @property
+    def patch_edge(self) -> int:
+        """Pixels from the first to the last row of a patch, both included."""
+        return (self.patch - 1) * self.patch_step + 1
+
+    @property
+    def patch_margin(self) -> int:
+        """Pixels between patches and an image's borders: then the centers of four averages, over squares of
+        `patch_step` pixels, lie around each pixel of a patch."""
+        return (self.patch_step + 1) // 2
+
+    def check_room(self, height: int, width: int):
+        """Raises `UserError` if an image of this size has no room for a patch."""
+        least = -(-(self.patch_edge + 2 * self.patch_margin) // self.patch_step) * self.patch_step
+        if min(height, width) < least:
+            raise UserError(
+                f"images of {height} x {width} pixels have no room for a patch, which takes {least} x {least}: use a "
+                "smaller --rays.patch-step, or larger images."
+            )
+
 
 @dataclass(frozen=True)
 class Render:

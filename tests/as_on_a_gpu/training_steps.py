@@ -48,7 +48,7 @@ def small(recipe):
         return replace(recipe, occupancy=replace(recipe.occupancy, max_voxels=500))
     return replace(
         recipe,
-        rays=replace(recipe.rays, per_view=9 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
+        rays=replace(recipe.rays, per_view=45 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
         render=replace(recipe.render, samples=16, importance=8, search=16),
     )
 
@@ -65,6 +65,7 @@ def step(net, batch, device):
     with autocast:
         losses = net(batch.to(device), generators(seed=0, step=0, positions=[0], device=device))
     losses, *_ = losses if isinstance(losses, tuple) else (losses,)
+    assert losses.get("photometric", 1) > 0  # some patch is counted
     loss = sum(losses.values())
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)

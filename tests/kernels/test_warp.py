@@ -116,6 +116,17 @@ def test_by_hand(fn, device):
 
 
 @pytest.mark.parametrize("fn", [warp, warp_ref])
+def test_what_is_nearer_than_10_cm_is_not_seen(fn, device):
+    depth = torch.tensor([0.099, 0.101], device=device)
+    origins, ahead = torch.zeros(2, 3, device=device), torch.eye(3, device=device)[[2, 2]]
+    projection = torch.eye(4, device=device)[None, None].clone()
+    projection[..., :2, 2] = 1  # the optical axis meets the image at (1, 1)
+    sizes, sample = torch.tensor([[[2, 2]]], device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    _, seen = fn(depth, (origins, ahead, sample), torch.ones(1, 1, 2, 2, 1, device=device), projection, sizes)
+    assert seen.flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("fn", [warp, warp_ref])
 def test_matches_grid_sample(fn, device):
     """With the pixels' centers at half coordinates: `align_corners=False`."""
     inputs = make_inputs(1, 3, 6, 8, 3, 40, device)

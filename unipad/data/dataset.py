@@ -170,7 +170,8 @@ class DrivingDataset(torch.utils.data.Dataset):
 
     @classmethod
     def has_points(cls, root: str | Path, version: str, split: str) -> bool:
-        """Whether the split has LiDAR points; a model that was trained without them is evaluated on them if so."""
+        """Whether the frames of the split have LiDAR points: a model that was trained without them is then evaluated
+        on them. Override it if they may not; where `Data.sweeps` is 0, `load` returns no points."""
         return True
 
     def load(self, frame: int) -> Sample:

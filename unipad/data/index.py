@@ -261,21 +261,26 @@ def build_source_frames(nusc, split: str, scenes: set[str], verbose: bool, offse
     `build_index`."""
     samples, names = _samples(nusc, scenes), _camera_names(nusc)
     lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
+    # by `prev` alone, which is checked: the `next` of other converters' tables may be empty
+    after = {r["prev"]: r for r in nusc.sample_data if r["prev"] and r["sensor_modality"] == "camera"}
     records = []
     for sample in tqdm(samples, f"sources of {nusc.version} {split}", disable=not verbose, unit="frame"):
         keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
-        records += [_frame_at(nusc, key, offset) for offset in offsets for key in keys]
+        records += [_frame_at(nusc, after, key, offset) for offset in offsets for key in keys]
     images = _images(nusc, records, (len(samples), len(offsets) * len(names)), lidar2global)
     return SourceFrames(**{k: a.astype(np.float32) if a.dtype == np.float64 else a for k, a in images.items()})
 
 
-def _frame_at(nusc, record, offset):
-    """The sample_data record `offset` frames after `record`, before it if negative; None where the scene has none."""
+def _frame_at(nusc, after, record, offset):
+    """The sample_data record `offset` frames after `record`, before it if negative; None where the scene has none, or
+    if `record` is None. after: {token: the record whose `prev` it is}."""
     for _ in range(abs(offset)):
-        token = record and record["next" if offset > 0 else "prev"]
-        if not token:
+        if record is None:
             return None
-        other = nusc.get("sample_data", token)
+        before = nusc.get("sample_data", record["prev"]) if offset < 0 and record["prev"] else None
+        other = before if offset < 0 else after.get(record["token"])
+        if other is None:
+            return None
         earlier, later = (record, other) if offset > 0 else (other, record)
         _check_gap(nusc, later, later["timestamp"] - earlier["timestamp"])
         record = other

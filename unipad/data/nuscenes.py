@@ -105,10 +105,12 @@ class NuScenesDataset(DrivingDataset):
 
     @classmethod
     def has_points(cls, root, version, split):
-        """Whether at least one keyframe has its LiDAR file on disk."""
+        """Whether all keyframes that have their images on disk have their LiDAR file too: else these images alone are
+        evaluated, not the few frames that have both."""
         root = find_root(root, version)
         index = load_index(root, version, split)
-        return bool(on_disk(root, index.lidar_files[index.frame_lidar]).any())
+        points = on_disk(root, index.lidar_files[index.frame_lidar])
+        return bool(points.any() and points[on_disk(root, index.image_files).all(axis=1)].all())
 
     def labels_of(self, frame):
         return self.index.labels[slice(*self.index.box_offsets[frame : frame + 2])]

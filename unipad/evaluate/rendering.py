@@ -77,7 +77,7 @@ def evaluate_rendering(
             "depth_rmse": (squared_depth / ray_count) ** 0.5,
             "depth_delta1": close / ray_count,
         }
-    elif renders and (model.recipe.data.sweeps or not metrics):  # 0 sweeps: images only, as in training
+    elif renders and model.recipe.data.sweeps:  # 0 sweeps: images only, as in training
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")
     if model.carving is not None:
         right_full, *wrong, right_free = cells

@@ -3,13 +3,16 @@ from there into other images, must look there as it does in its own image.
 
     error of a pixel in a source   0.85 (1 - SSIM) / 2 + 0.15 |difference|, SSIM over its patch, mean over the channels
     error of the pixel             the smallest over the sources that see the whole patch: others are occluded in some
-    counted                        if the pixel has such a source, and its patch does not look more alike unmoved: in
-                                   the same place of the same camera's image in a source, as if the car were at rest
+    counted                        if the pixel has such a source, and none shows it more alike unmoved: in the same
+                                   place of the same camera's image in a source, as if the car were at rest
 
 These are the rules of Monodepth2 (Godard et al., arXiv 1806.01260, sections 3.1 and 3.2: minimum reprojection and
 auto-masking), which VisionPAD (Zhang et al., arXiv 2411.14716) uses for pre-training. Here poses are given; there are
-patches of rays instead of whole images; and an object may leave one camera and enter another, since sources are all
+patches of rays instead of whole images; and a point may leave one camera and enter another, since sources are all
 cameras of the frames before and after the keyframe, and the other cameras of the keyframe.
+
+A surface so near to its camera that no source sees it is not counted, so nothing leads away from it: a loss can escape
+there. Starting with soft surfaces (`variance`) makes this less likely.
 
 Gradients lead to the right depth only from as far as an image's structures reach. So patches may be coarse: of every
 k-th pixel, on images averaged over squares of k x k pixels.
@@ -54,9 +57,13 @@ class Sources:
 
 
 def sources_of(batch: Batch, cfg: RayChoice) -> Sources:
-    """The sources of a batch of keyframes, for rays that `cfg` has chosen. Raises `UserError` if it has none."""
+    """The sources of a batch of keyframes, for rays that `cfg` has chosen. Raises `UserError` if it has none, or not
+    all cameras of each frame."""
     if batch.source_images is None:
         raise UserError("this dataset does not read --data.sources, which the loss photometric needs; see `Sample`.")
+    M, N = batch.source_images.shape[1], batch.images.shape[1]
+    if not N or M % N or not M:
+        raise UserError(f"{M} source images are not some frames of {N} cameras each; see `Sample.source_images`.")
     keyframe = _averaged(batch.images, batch.lidar2image, batch.image_sizes, cfg.patch_step)
     others = _averaged(batch.source_images, batch.lidar2source, batch.source_sizes, cfg.patch_step)
     return Sources(keyframe, others, cfg.patch)
@@ -66,7 +73,8 @@ def _averaged(images, projections, sizes, step):
     """`Images` averaged over squares of `step` x `step` pixels. images: [B, M, 3, H, W]."""
     if step > 1:
         scale = 255 if images.dtype == torch.uint8 else 1
-        images = F.avg_pool2d(images.flatten(0, 1).float() / scale, step).unflatten(0, images.shape[:2])
+        # sample by sample: only one has all its images in fp32 at a time
+        images = torch.stack([F.avg_pool2d(of_sample.float(), step) for of_sample in images]) / scale
         projections = torch.cat([projections[..., :2, :] / step, projections[..., 2:, :]], dim=-2)
         sizes = sizes // step
     return Images(images.permute(0, 1, 3, 4, 2), projections, sizes)
@@ -96,7 +104,10 @@ def photometric_error(depth: Tensor, hit: Tensor, rays: Rays, sources: Sources) 
     errors = [_errors(in_keyframe, known & ~own, target, patch), _errors(in_others, known, target, patch)]
     error = torch.cat(errors, dim=1).amin(dim=1)  # [R], inf: seen nowhere
     with torch.no_grad():
-        at_rest = keyframe.projections.repeat(1, M // N, 1, 1)
+        # the same place: in the middle of one image is that in the middle of the other, whatever their sizes
+        stretch = others.sizes / keyframe.sizes.repeat(1, M // N, 1)  # [B, M, 2] along v and u; 0: no image
+        stretch = F.pad(stretch.flip(-1), (0, 2), value=1.0)[..., None]  # [B, M, 4, 1]
+        at_rest = stretch * keyframe.projections.repeat(1, M // N, 1, 1)
         unmoved = warp(depth.detach(), bundle, others.pixels, at_rest, others.sizes)
         unmoved = _errors(unmoved, own.repeat(1, M // N), target, patch).amin(dim=1)
         counted = ~((error == torch.inf) | (error >= unmoved))  # True for NaN, which must not be hidden

@@ -46,7 +46,9 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     random:   pixels, uniformly with replacement.
     dilation: every `cfg.dilation`-th pixel of every `cfg.dilation`-th row, in random order.
     patch:    squares of `cfg.patch` x `cfg.patch` pixels, `cfg.patch_step` apart, uniformly with replacement, below
-              `cfg.sky`; patch after patch, each row by row. Unlike the others', these rays go through pixels' centers.
+              `cfg.sky` and `cfg.patch_margin` away from borders; patch after patch, each row by row. Unlike the
+              others', these rays go through pixels' centers. In an image that is too small, patches are cut off: they
+              repeat its last pixels.
     With random, dilation and patch, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
 
     batch:      its `point_counts` are read on the host.
@@ -55,6 +57,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image; patch: those of
     whole patches), sample after sample, view after view. In a view with fewer candidates, some rays are repeated.
     Without cameras: B * 6 * per_view rays from the LiDAR to points, as `lidar_rays`, whatever the strategy.
+    Raises `UserError` for patches that fit into no image of the batch.
     """
     if not batch.images.shape[1]:
         return lidar_rays(batch, cfg, cfg.per_view, generators)
@@ -76,6 +79,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
             chosen = _draw(pixels, 1 * inside, pixels.shape[1], generators[b])
             chosen = _with_lidar_depth(chosen[..., :2], projected, visible, H, W)
         elif cfg.strategy == "patch":
+            cfg.check_room(H, W)
             chosen = _patches(batch.image_sizes[b], cfg, generators[b])
             chosen = _with_lidar_depth(chosen, projected, visible, H, W)
         else:
@@ -275,16 +279,19 @@ def _draw(candidates, rank, count, generator):
 def _patches(image_sizes, cfg, generator):
     """[N, K * patch^2, 2] u, v of the centers of the pixels of K random patches in each of N views."""
     P, device = cfg.patch, image_sizes.device
-    edge = (P - 1) * cfg.patch_step + 1  # pixels
     shape = len(image_sizes), cfg.per_view // P**2, 2
-    height, width = image_sizes[:, None].unbind(-1)  # [N, 1]
-    top = (cfg.sky * height.double()).long().minimum(height - edge)
-    room = torch.stack([width - edge, height - edge - top], dim=-1) + 1  # [N, 1, 2] places of a patch along u and v
-    corner = (torch.rand(shape, generator=generator, device=device) * room).long().minimum(room - 1)  # [N, K, 2]
-    corner[..., 1] += top
+    size = image_sizes[:, None].flip(-1)  # [N, 1, 2] width, height
+    # the first and the last place of a patch's corner; at least 0 in images that are too small
+    last = size // cfg.patch_step * cfg.patch_step - cfg.patch_margin - cfg.patch_edge
+    first = torch.full_like(last, cfg.patch_margin)
+    first[..., 1] = first[..., 1].maximum((cfg.sky * size[..., 1].double()).long())
+    first, last = first.minimum(last).clamp(min=0), last.clamp(min=0)
+    room = last - first + 1
+    corner = (torch.rand(shape, generator=generator, device=device) * room).long().minimum(room - 1) + first
     offset = torch.arange(P * P, device=device)
     offset = cfg.patch_step * torch.stack([offset % P, offset // P], dim=-1)  # [P^2, 2]
-    return (corner[:, :, None] + offset + 0.5).flatten(1, 2)
+    pixels = (corner[:, :, None] + offset).minimum(size[:, None] - 1)  # [N, K, P^2, 2]
+    return (pixels + 0.5).flatten(1, 2)
 
 
 def _at_most(chosen, count, generator):
@@ -297,6 +304,8 @@ def _at_most(chosen, count, generator):
 
 def _with_lidar_depth(pixels, projected, visible, H, W):
     """Pixels [N, K, 2] with the depth of the nearest visible point that falls into each, 0 = none: [N, K, 3]."""
+    if not projected.shape[1]:  # as in training without LiDAR
+        return torch.nn.functional.pad(pixels, (0, 1))
     pixel_of = (projected[..., 1].long() * W + projected[..., 0].long()).where(visible, 0)  # [N, P] linear index
     depth = projected[..., 2].where(visible, torch.inf)
     nearest = depth.new_full((len(projected), H * W), torch.inf).scatter_reduce(1, pixel_of, depth, "amin")

@@ -140,9 +140,8 @@ def _view_cases(size, recipe):
         rig = _rig(W / 1600, device).repeat(1, 2, 1, 1)  # [1, 12, 4, 4]
         # the sources' cameras are 0.6 m before and behind the keyframe's
         rig[..., 3] += rig[..., 1] * torch.tensor([0.6, -0.6], device=device).repeat_interleave(6)[:, None]
-        origins = 0.1 * torch.randn(
-            2 * R, 3, device=device
-        )  # candidates, of which the first R with clearance are taken
+        # candidates, of which the first R with clearance are taken
+        origins = 0.1 * torch.randn(2 * R, 3, device=device)
         directions = F.normalize(torch.randn(2 * R, 3, device=device) * torch.tensor([1, 1, 0.1], device=device))
         depth = 3 + 40 * torch.rand(2 * R, device=device)
         ends = F.pad(origins + depth[:, None] * directions, (0, 1), value=1.0).double()

@@ -140,7 +140,7 @@ PRETRAIN = {
             data=TINY_FEATURES,
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR,
-            rays=TINY_RAYS,  # unlike in "tiny", also through pixels without LiDAR points: they have features, even the sky
+            rays=TINY_RAYS,  # unlike in "tiny", also through pixels without LiDAR points, such as the sky
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3, features_weight=1.0),
             optim=TINY_OPTIM,
         ),

@@ -178,7 +178,7 @@ PRETRAIN = {
             data=TINY_FEATURES,
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR,
-            rays=replace(TINY_RAYS, lidar_per_view=64),
+            rays=TINY_RAYS,  # unlike in "tiny", also through pixels without LiDAR points, such as the sky
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3, features_weight=1.0),
             optim=TINY_OPTIM,
         ),

@@ -115,8 +115,8 @@ class EagerRenderer(nn.Module):
         of_volume = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
         return Rendered(**joined, points_sdf=None, of_volume=of_volume.to(volume), points_of_volume=None)
 
-    def loss(self, rendered, rays):
-        """As `Renderer.loss`, one batch sample at a time; without the loss `points`."""
+    def loss(self, rendered, rays, sources=None):
+        """As `Renderer.loss`, one batch sample at a time; without the losses `points`, `photometric` and `features`."""
         terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_volume]
         return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 

@@ -95,10 +95,6 @@ def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
             value = arguments = tuple(v / 2 for v in value)
         elif name == "data.features":
             value, arguments = Path("other"), ["other"]
-        elif name == "data.sources":
-            value, arguments = (), []
-        elif name == "render.photometric_weight":
-            value, arguments = 0.0, [0]
         else:
             value, arguments = another(hint, value)
         *section, field = name.replace("_", "-").split(".")

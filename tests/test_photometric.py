@@ -223,8 +223,8 @@ def test_only_a_rays_own_camera_says_what_does_not_move():
     # the second camera is 50 m aside, where it sees nothing of the first one's patch; it has the first one's rays,
     # moved there
     moved = rays.origins + torch.tensor([50.0, 0, 0])
-    fields = {name: torch.cat([value, value]) for name, value in vars(rays).items()}
-    rays = replace(Rays(**fields), origins=torch.cat([rays.origins, moved]))
+    twice = rays.each(lambda tensor: torch.cat([tensor, tensor]))
+    rays = replace(twice, origins=torch.cat([rays.origins, moved]))
     others = views([ASIDE, (50.5, 0.0, 0.0)], [view_of_plane(ASIDE), same])
     _, counted = error_at(1.2 * rays.depth, rays, replace(sources, keyframe=keyframe, others=others))
     assert counted[:9].all() and not counted[9:].any()
@@ -235,8 +235,8 @@ def test_another_camera_of_the_keyframe_is_a_source():
     rays, sources = scene([ASIDE])
     keyframe = views([(0.0, 0.0, 0.0), ASIDE], [view_of_plane((0.0, 0.0, 0.0)), view_of_plane(ASIDE)])
     others = replace(keyframe, sizes=torch.zeros(1, 2, 2, dtype=torch.int64))
-    fields = {name: torch.cat([value, value]) for name, value in vars(rays).items()}
-    error, counted = error_at(torch.cat([rays.depth, rays.depth]), Rays(**fields), Sources(keyframe, others, 3))
+    twice = rays.each(lambda tensor: torch.cat([tensor, tensor]))
+    error, counted = error_at(twice.depth, twice, Sources(keyframe, others, 3))
     assert counted[:9].all() and error[:9].max() < 0.02
 
 

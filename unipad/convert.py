@@ -126,7 +126,8 @@ def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) ->
     check_choices(preset=(preset, presets))
     reports = {}
     default = DEFAULT_PRESET[modality]
-    candidates = [default, *(n for n in reversed(presets) if n != default)]  # tiny ones, listed first, come last
+    # tiny ones, listed first, come last; UniPAD has no recipes with `sources`, whose modules are those of others
+    candidates = [default, *(n for n in reversed(presets) if n != default and not presets[n].data.sources)]
     for name in [preset] if preset else candidates:
         recipe = _with_sizes(presets[name], ours, code_weights)
         report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS], unfit=unfit.copy())

@@ -136,14 +136,6 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=7.5),
         ),
-        "features-tiny": PretrainRecipe(
-            grid=TINY_GRID,
-            data=TINY_FEATURES,
-            camera=TINY_CAMERA,
-            rays=TINY_RAYS,
-            render=replace(TINY_RENDER, features_weight=1.0),
-            optim=replace(TINY_OPTIM, epochs=7.5),
-        ),
         # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
         "camera-0.075": CAMERA_075_PRETRAIN,
         "camera-0.075-sweeps": replace(CAMERA_075_PRETRAIN, data=THREE_FRAMES),
@@ -152,6 +144,14 @@ PRETRAIN = {
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
         # (in nuScenes 900 x 1600)
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
+        "features-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=TINY_FEATURES,
+            camera=TINY_CAMERA,
+            rays=TINY_RAYS,
+            render=replace(TINY_RENDER, features_weight=1.0),
+            optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
         "images-tiny": PretrainRecipe(
             grid=TINY_GRID,
             data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),

@@ -84,7 +84,7 @@ def main(args: Args):
     unknown = [name for name in args.recipes if name not in known]
     if unknown:
         raise UserError(f"No recipe {unknown[0]}; choose from {', '.join(known)}.")
-    names = args.recipes or [name for name in known if not name.endswith("tiny")]
+    names = args.recipes or [name for name in known if "tiny" not in name.split("-")]
     if args.data_root is None and not is_synthetic(CITY):
         generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), columns=COLUMNS, camera_sweeps=2)
     root = args.data_root or CITY

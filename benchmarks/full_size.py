@@ -51,7 +51,7 @@ def main(args: Args):
     for task, (script, by_modality, init_flag, flags) in SCRIPTS.items():
         for modality, presets in by_modality.items():
             for name, recipe in presets.items():
-                if not name.endswith("tiny") and name in (args.presets or presets) and task == (args.task or task):
+                if "tiny" not in name.split("-") and name in (args.presets or presets) and task == (args.task or task):
                     checkpointing = ["--checkpointing"] if modality != "lidar" else []
                     preset = ["--modality", modality, "--preset", name, "--device", args.device]
                     cells = measure(script, [*flags, *checkpointing, *preset], recipe, init_flag)

@@ -34,7 +34,7 @@ from unipad.optimizer import make_optimizer
 from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 from unipad.runtime import generators, mixed_precision
 
-CITY = Path("data/full-size" if DEVICE == "cuda" else "data/small-size")
+CITY = Path("data/full-size-features" if DEVICE == "cuda" else "data/small-size-features")
 IMAGE_SIZE = (900, 1600) if DEVICE == "cuda" else (144, 256)
 TASKS = {"train": (PRETRAIN, Pretrain), "finetune": (DETECT, Detector), "segment": (SEGMENT, Segmenter)}
 TASKS["occupancy"] = OCCUPANCY, OccupancyModel
@@ -56,7 +56,7 @@ def recipes():
         for task, (by_modality, model) in TASKS.items()
         for modality, presets in by_modality.items()
         for name, recipe in presets.items()
-        if name.endswith("tiny") == (DEVICE == "cpu")
+        if ("tiny" in name.split("-")) == (DEVICE == "cpu")
     }
     return dict(sorted(found.items(), key=lambda item: item[0] not in FIRST))
 
@@ -65,7 +65,7 @@ def city():
     """Root of a small synthetic city with camera sweeps, generated once."""
     if not CITY.exists():
         # camera_sweeps: besides the keyframe, which `Data` counts too
-        generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2)
+        generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2, features=16)
     return CITY
 
 

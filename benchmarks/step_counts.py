@@ -300,7 +300,8 @@ def count(recipe, cameras=6, voxels=1.0):
                 torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip, foreach=True)
                 optimizer.step()
     names = ("images", "image_sizes", "lidar2image", "lidar2camera", "points", "boxes", "labels", "point_labels")
-    names += ("occupancy",) if isinstance(recipe, OccupancyRecipe) else ()
+    others = ("occupancy", "source_images", "features", "points_beyond", "sweep_origins")
+    names += tuple(name for name in others if getattr(batch, name) is not None)
     return Counts(
         meter.work,
         batch_bytes=sum(size_of(getattr(batch, name)) for name in names),

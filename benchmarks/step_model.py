@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Args:
-    task: Literal[tuple(TASKS)] = "train"  # train.py, or finetune.py for detection or segmentation
+    task: Literal[tuple(TASKS)] = "train"  # train.py, or finetune.py for detection, segmentation or occupancy
     preset: str | None = None  # a recipe of unipad/recipes.py; None: the first full-size one of the task
     modality: Literal["camera", "lidar", "fusion"] | None = None  # where several have a preset of that name
     batch_size: int = 1  # samples per GPU and step, in the first two tables

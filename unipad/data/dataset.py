@@ -55,12 +55,6 @@ class Sample:
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each camera frame relative to the keyframe, which is first, with 0; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
-
-    With `Data.sources`, the M images that the photometric loss looks into: frames before and after the keyframe, in the
-    order of `Data.sources`, each with the keyframe's cameras in their order:
-
-    source_images: M times [h, w, 3] uint8 RGB; [0, 0, 3] where the scene has no such frame. None: no sources.
-    lidar2source:  [M, 4, 4] float32 LiDAR of the keyframe -> as `lidar2image`.
     features:     for each image of the keyframe, [h, w, F] float16 or float32 features of h x w equal parts of it, for
                   the loss `features`; 0 in all channels means none. None unless `Data.features` names their folder.
     occupancy:    [3, X, Y, Z] uint8 as in `Batch`; None without these labels.
@@ -70,6 +64,12 @@ class Sample:
                   means that they are not known: the loss `occupancy` cannot be computed then.
     points_beyond: [Q, 5] the points that `DrivingDataset.read` leaves out of `points`, as outside of its `point_range`;
                   None if no loss reads them.
+
+    With `Data.sources`, the M images that the photometric loss looks into: frames before and after the keyframe, in the
+    order of `Data.sources`, each with the keyframe's cameras in their order:
+
+    source_images: M times [h, w, 3] uint8 RGB; [0, 0, 3] where the scene has no such frame. None: no sources.
+    lidar2source:  [M, 4, 4] float32 LiDAR of the keyframe -> as `lidar2image`.
     """
 
     images: list[np.ndarray]
@@ -379,7 +379,7 @@ def collate(samples: list[Sample]) -> Batch:
     features, feature_sizes = _collated_features(samples)
 
     def stack_or_none(name):
-        return None if getattr(samples[0], name) is None else stack(name)
+        return stack(name) if all(getattr(s, name) is not None for s in samples) else None
 
     labeled = all(s.point_labels is not None for s in samples)
     beyond = all(s.points_beyond is not None for s in samples)
@@ -439,7 +439,7 @@ def _padded(images_of_samples):
 
 def _collated_features(samples):
     """`Batch.features` and `Batch.feature_sizes`."""
-    if samples[0].features is None:
+    if any(sample.features is None for sample in samples):
         return None, None
     maps = [feature for sample in samples for feature in sample.features]
     sizes = torch.tensor([feature.shape[:2] for feature in maps])

@@ -74,7 +74,7 @@ def rendered_views(
     if model.renders_color(batch):
         add("rendered", rgb, step)
     points = batch.points[: batch.point_counts[0]]
-    if len(points):
+    if len(points) or not renders:  # without renderings, the picture's color bar is this row's
         add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))  # of the keyframe, not of sweeps
     if "lidar" in masks:
         add("voxels, as the encoder sees them", project(batch, _centers(model.recipe, masks["lidar"])))

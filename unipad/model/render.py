@@ -84,8 +84,9 @@ class Renderer(nn.Module):
         self.sampler, self.jitters = SAMPLERS[cfg.method]  # jitters: random numbers per ray
         self.field = Field(cfg, grid)
         # Freeze what is not used: DDP waits for the gradient of every parameter that requires one.
-        self.field.deviation_network.requires_grad_(cfg.method == "neus")
-        self.field.laplace_density["beta"].requires_grad_(cfg.method == "volsdf")
+        by_weights = max(cfg.rgb_weight, cfg.depth_weight, cfg.features_weight, cfg.photometric_weight) > 0
+        self.field.deviation_network.requires_grad_(by_weights and cfg.method == "neus")
+        self.field.laplace_density["beta"].requires_grad_(by_weights and cfg.method == "volsdf")
         self.field.rgb_decoder.requires_grad_(cfg.rgb_weight > 0)
         self.feature_head = nn.Linear(cfg.channels, feature_channels) if cfg.features_weight > 0 else None
 

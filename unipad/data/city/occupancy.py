@@ -18,7 +18,7 @@ from unipad.batch import FREE, OCCUPANCY_CELL, OCCUPANCY_CLASSES, OCCUPANCY_LOW,
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
 from unipad.data.city.solids import CATEGORIES, to_local
-from unipad.kernels.carve import UNKNOWN, carve
+from unipad.kernels.carve import UNKNOWN, carve_ref
 
 SCANS = 10  # LiDAR scans, spread evenly over the keyframes near this one
 COLUMNS = 360  # azimuths of a scan
@@ -152,5 +152,5 @@ def _seen(scene, t, rays):
         for parts in zip(*rays, strict=True)
     )
     one_volume = torch.zeros(len(ends), dtype=torch.int32)
-    state = carve(origins, ends, one_volume, OCCUPANCY_LOW, (CELL,) * 3, OCCUPANCY_SHAPE[::-1], B=1)
+    state = carve_ref(origins, ends, one_volume, OCCUPANCY_LOW, (CELL,) * 3, OCCUPANCY_SHAPE[::-1], B=1)
     return state[0].permute(2, 1, 0).numpy() != UNKNOWN

@@ -85,7 +85,7 @@ def labeled(city, tmp_path_factory):
 
     root = tmp_path_factory.mktemp("labeled") / "city"
     shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index", "gts"))
-    add_occupancy(root, workers=1)
+    add_occupancy(root, workers=2)
     return root
 
 

@@ -25,7 +25,8 @@ from unipad.runtime import generators, mixed_precision
 
 # Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient (in the L2 norm). On the
 # simulated GPU, batch norm is PyTorch's, whose error on a CPU is 1e-5 of the largest entry for channels-last tensors
-# (docs/log.md); for CPU tensors, `SyncedBatchNorm` uses its own formulas, which are more accurate.
+# (docs/log.md); for CPU tensors, `SyncedBatchNorm` uses its own formulas, which are more accurate. The Lovász softmax, which
+# sorts by errors, adds to that.
 CASES = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "images": (PRETRAIN["camera"]["images-tiny"], 2e-5, 5e-3),
@@ -34,7 +35,7 @@ CASES = {
     "camera with features": (PRETRAIN["camera"]["features-tiny"], 2e-5, 5e-3),
     "occupancy": (PRETRAIN["lidar"]["tiny-occupancy"], 1e-5, 2e-4),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
-    "fine-tuning for occupancy": (OCCUPANCY["lidar"]["tiny"], 1e-5, 2e-4),
+    "fine-tuning for occupancy": (OCCUPANCY["lidar"]["tiny"], 1e-5, 1e-2),
 }
 # followed by batch norm: their gradients are rounding errors
 ZERO_GRADIENT = "project.0.bias", "head.project.0.bias", "encoder.fuse.0.bias"
@@ -48,7 +49,7 @@ def small(recipe):
         return replace(recipe, occupancy=replace(recipe.occupancy, max_voxels=500))
     return replace(
         recipe,
-        rays=replace(recipe.rays, per_view=18 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
+        rays=replace(recipe.rays, per_view=9 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
         render=replace(recipe.render, samples=16, importance=8, search=16),
     )
 

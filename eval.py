@@ -1,7 +1,8 @@
 """Evaluate a model, with pictures of its predictions.
 
-    python eval.py RUN                                  # NDS and mAP of boxes, mIoU of points, or PSNR and depth errors
-                                                        # of a pre-trained model
+    python eval.py RUN                                  # NDS and mAP of boxes, mIoU of points or voxels, or, of a
+                                                        # pre-trained model, PSNR, depth errors, distance of features
+                                                        # and IoU of carved occupancy: those that it learned
     python eval.py RUN --tta                            # test-time augmentation: twelve scaled and flipped copies of
                                                         # every frame for boxes, eight rotated and flipped for points
     python eval.py RUN --version v1.0-test --split test --data-root /data/nuscenes       # a submission
@@ -30,12 +31,13 @@ if __name__ == "__main__":
     end_at_once()  # on Ctrl-C during the imports
 
 import numpy as np
+import torch
 import tyro
 from PIL import Image
 from tqdm import tqdm
 
 from unipad import cli
-from unipad.batch import CLASSES, LIDARSEG_CLASSES
+from unipad.batch import CLASSES, LIDARSEG_CLASSES, OCCUPANCY_CLASSES
 from unipad.checkpoint import load_weights, read_run
 from unipad.config import (
     CameraConfig,
@@ -43,6 +45,8 @@ from unipad.config import (
     Detect,
     DetectRecipe,
     LidarConfig,
+    Occupancy,
+    OccupancyRecipe,
     Render,
     Segment,
     SegmentRecipe,
@@ -52,10 +56,12 @@ from unipad.data.dataset import DEFAULT_DATASET, BadFrame, check_recorded, colla
 from unipad.data.loader import held_out_batches
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply
+from unipad.draw.occupancy import occupancy_views
 from unipad.draw.segments import segment_views
 from unipad.draw.views import rendered_views, write_video
 from unipad.errors import UserError, check_ranges
 from unipad.evaluate.detection import detect_all, write_detections
+from unipad.evaluate.occupancy import count_all, occupancy_table, summarize
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.evaluate.segmentation import (
     score_segmentation,
@@ -66,6 +72,7 @@ from unipad.evaluate.segmentation import (
 from unipad.evaluate.submission import score_submission, table
 from unipad.evaluate.tta import detect_tta, make_transforms, segment_tta
 from unipad.model.detect import Detector
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.run_folder import lock_folder
@@ -82,12 +89,14 @@ class Settings:
     render: Render | None = None
     detect: Detect | None = None
     segment: Segment | None = None
+    occupancy: Occupancy | None = None
 
 
 @dataclass(frozen=True)
 class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
-    task: Literal["detect", "segment", "render"] | None = None  # what to evaluate; None: what it was trained for
+    # what to evaluate; None: what it was trained for
+    task: Literal["detect", "segment", "occupancy", "render"] | None = None
     split: str = "val"  # train, val or test; for v1.0-mini, train and val mean mini_train and mini_val
     data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
     version: str | None = None  # version of the dataset; None: the run's
@@ -98,7 +107,7 @@ class Args:
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible results on a GPU too, with slower kernels
-    pictures: int = 4  # frames that are drawn (detect, segment) or rendered (render), spread over the split
+    pictures: int = 4  # frames that are rendered (render) or drawn (other tasks), spread over the split
     min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
     tta: bool = False  # detect, segment: merge the predictions for several transformed copies of each frame (TTA)
     tta_scales: tuple[float, ...] | None = None  # --tta: scale factors; None: 1 1.06 0.96 (segment: 1)
@@ -120,6 +129,7 @@ class Args:
 TASK_FLAGS = {
     "detect": ("tta", "tta_scales", "tta_angles", "tta_flips", "min_score", "batch_size"),
     "segment": ("tta", "tta_scales", "tta_angles", "tta_flips", "batch_size"),
+    "occupancy": ("batch_size",),
     "render": ("frames", "scene", "video", "video_fps", "picture_stride", "masked", "mesh", "mesh_cell"),
 }
 # Flags that have no effect without another one
@@ -131,7 +141,7 @@ NEEDS = {
     "video_fps": "scene",
     "mesh_cell": "mesh",
 }
-TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
+TASKS = {"detect": Detector, "segment": Segmenter, "occupancy": OccupancyModel, "render": Pretrain}
 # Default scales and angles (degrees) of --tta. Both flips together rotate by 180 degrees: with them, 0 and 90 cover 180
 # and 270 too
 TTA = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
@@ -191,7 +201,11 @@ def main(args: Args):
             split = dataset_type.splits(root, version).get(args.split, args.split)
             # None keeps all points: --tta may move those outside the grid into it, and segmentation classifies them too
             point_range = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
-            dataset = dataset_type(root, version, split, recipe.data, point_range=point_range)
+            data = dataset_type.data_to_evaluate(root, version, split, recipe.data)
+            dataset = dataset_type(root, version, split, data, point_range=point_range)
+            if task == "occupancy":
+                dataset = dataset.with_occupancy(labels=split != "test")
+            dataset = dataset.with_points_beyond() if recipe.reads_points_beyond else dataset
 
         model = TASKS[task](recipe).to(world.device).eval()
         load_weights(model, saved["model"], args.checkpoint)
@@ -200,7 +214,8 @@ def main(args: Args):
         print0(f"{args.checkpoint}, step {saved['step']}: {task} on {len(dataset)} frames of {split}, {world.device}")
         autocast, _ = mixed_precision(args.precision, world.device)
         with autocast:
-            {"detect": detect, "segment": segment, "render": render}[task](args, model, dataset, out, world)
+            evaluate = {"detect": detect, "segment": segment, "occupancy": occupancy, "render": render}[task]
+            evaluate(args, model, dataset, out, world)
         print0(f"results      {out}")
 
 
@@ -242,11 +257,31 @@ def segment(args, model, dataset, out, world):
         Image.fromarray(picture).save(out / f"segments_{i}.png")
 
 
-def drawn_frames(args, model, dataset, predictions):
-    """Yield (index of the picture, batch of one) for the frames to draw: with images, even for a LiDAR model."""
+def occupancy(args, model, dataset, out, world):
+    """Predict the voxels of the whole split: write the submission and pictures, and print mIoU and RayIoU."""
+    folder, scored, workers = out / "occupancy", dataset.split != "test", world.workers(args.workers)
+    counts = count_all(model, dataset, world, args.batch_size, workers, folder, rays=scored)
+    if not world.is_main:
+        return
+    if scored:
+        world.print0(occupancy_table(summarize(counts.values(), out)))
+    else:
+        world.print0(f"the test split has no public labels: no metrics, but a submission in {folder}")
+    # which frames lack labels has been reported
+    labeled = partial(type(dataset).with_occupancy, labels=scored, verbose=False)
+    for i, batch in drawn_frames(args, model, dataset, counts, labeled):
+        predicted = np.load(folder / f"{batch.tokens[0]}.npz")["arr_0"]
+        Image.fromarray(occupancy_views(batch, torch.from_numpy(predicted))).save(out / f"occupancy_{i}.png")
+
+
+def drawn_frames(args, model, dataset, predictions, labeled=lambda dataset: dataset):
+    """Yield (index of the picture, batch of one) for the frames to draw: with images, even for a LiDAR model.
+
+    labeled: dataset -> the dataset with the task's labels.
+    """
     with_images = dataset.has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # only the keyframe's images
-    drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
+    drawn = labeled(type(dataset)(dataset.root, dataset.version, dataset.split, settings))
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
         if batch.tokens[0] in predictions:  # absent where the model's own dataset lacks the frame or cannot read it
             yield i, batch.to("cpu")
@@ -261,6 +296,8 @@ def tta_transforms(args, task):
 
 def render(args, model, dataset, out, world):
     """Render color, depth and normals of some frames: write pictures, next to images and LiDAR points, and metrics."""
+    if args.mesh and not model.recipe.render.renders:
+        raise UserError("--mesh needs a run that learned to render; this one learned occupancy alone: leave it out.")
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
     device, index_of, done = world.device, frames_to_render(args, dataset, world), []
@@ -321,8 +358,10 @@ def frames_to_render(args, dataset, world):
 def task_of(args, recipe):
     """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given, and
     for a number of classes that is not that of nuScenes."""
-    trained_for = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
-    made_by = {"detect": "finetune.py", "segment": "finetune.py --task segment", "render": "train.py"}
+    tasks = {DetectRecipe: "detect", SegmentRecipe: "segment", OccupancyRecipe: "occupancy"}
+    trained_for = tasks.get(type(recipe), "render")
+    made_by = {"detect": "finetune.py", "render": "train.py"}
+    made_by |= {task: f"finetune.py --task {task}" for task in ("segment", "occupancy")}
     origin = f"{args.checkpoint} is from {made_by[trained_for]}."
     if args.task not in (None, trained_for):
         raise UserError(f"--task {args.task} needs a run of {made_by[args.task]}, and {origin}")
@@ -332,7 +371,8 @@ def task_of(args, recipe):
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default:
             flag = "--" + flag.replace("_", "-")
             raise UserError(f"{flag} needs a run of {made_by[task]}, and {origin}")
-    expected = {"detect": len(CLASSES), "segment": len(LIDARSEG_CLASSES)}.get(trained_for)
+    expected = {"detect": CLASSES, "segment": LIDARSEG_CLASSES, "occupancy": OCCUPANCY_CLASSES}
+    expected = len(expected.get(trained_for, ()))
     if expected and (classes := getattr(recipe, trained_for).classes) != expected:
         raise UserError(
             f"{args.checkpoint} has {classes} classes, but nuScenes has {expected}; "

@@ -1,8 +1,9 @@
-"""Fine-tune a pre-trained encoder for 3D object detection or LiDAR segmentation, or train one from scratch.
+"""Fine-tune a pre-trained encoder for 3D object detection, LiDAR segmentation or occupancy, or train from scratch.
 
     python finetune.py --modality lidar                             # no data, no GPU: a synthetic city, a tiny model
     python finetune.py --modality lidar --pretrained outputs/train-lidar --label-fraction 0.2
     python finetune.py --task segment                               # a class for every LiDAR point
+    python finetune.py --task occupancy --modality camera           # a class for every voxel around the vehicle
     python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
     python finetune.py --task segment --preset segment --help       # the settings of a recipe and their values
@@ -34,29 +35,33 @@ import tyro
 from unipad import cli
 from unipad.checkpoint import take_weights
 from unipad.compile import compile_parts, uncompiled
-from unipad.config import DetectRecipe, SegmentRecipe
+from unipad.config import DetectRecipe, OccupancyRecipe, SegmentRecipe
 from unipad.data.cutpaste import load_objects
 from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.draw.boxes import detection_views
-from unipad.draw.scene3d import detected_scene, segmented_scene
+from unipad.draw.occupancy import occupancy_views
+from unipad.draw.scene3d import detected_scene, occupied_scene, segmented_scene
 from unipad.draw.segments import segment_views
 from unipad.errors import UserError, check_ranges
 from unipad.evaluate.detection import evaluate_detections
+from unipad.evaluate.occupancy import evaluate_occupancy
 from unipad.evaluate.segmentation import evaluate_segmentation
 from unipad.model.detect import Detector
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.segment import Segmenter
 from unipad.optimizer import lr_factor_at, make_optimizer, set_rates
 from unipad.progress import Progress, format_metrics
-from unipad.recipes import DEFAULT_PRESET, DETECT, SEGMENT
+from unipad.recipes import DEFAULT_PRESET, DETECT, OCCUPANCY, SEGMENT
 from unipad.run_folder import RunFolder, find_run, lock_folder, resumed, run_config
 from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_precision, start
 
 
 @dataclass(frozen=True)
 class Args:
-    task: Literal["detect", "segment"] = "detect"  # boxes of ten classes, or one of 16 classes for every LiDAR point
-    modality: Literal["camera", "lidar", "fusion"] | None = None  # None: camera to detect, lidar to segment
+    # boxes of ten classes, one of 16 classes for every LiDAR point, or one of 18 for every voxel
+    task: Literal["detect", "segment", "occupancy"] = "detect"
+    modality: Literal["camera", "lidar", "fusion"] | None = None  # None: camera, but lidar to segment
     preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
@@ -66,7 +71,8 @@ class Args:
     data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
-    out: Path | None = None  # run folder; None: outputs/finetune-<modality, or segment>/<time>
+    # run folder; None: outputs/finetune-<modality, segment, or occupancy-modality>/<time>
+    out: Path | None = None
     seed: int = 0  # seed of weights, sample order, augmentation and noise
     steps: int | None = None  # optimizer steps of the schedule; None: from --epochs
     stop_at: int | None = None  # save and stop at this step, with the schedule unchanged; None: the last
@@ -82,7 +88,7 @@ class Args:
     val_every: int | None = None  # steps between validations on the whole split; None: a third of the run; 0: none
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
     # settings of the preset, as changed by flags
-    recipe: Annotated[DetectRecipe | SegmentRecipe | None, tyro.conf.arg(name="")] = None
+    recipe: Annotated[DetectRecipe | SegmentRecipe | OccupancyRecipe | None, tyro.conf.arg(name="")] = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,9 @@ class Task:
     predict: Callable  # model, batch -> the predictions for each sample
     picture: Callable  # batch of one, its predictions -> picture
     scene: Callable  # batch of one, its predictions -> 3D view
-    of_points: bool  # True: predicts a class for every LiDAR point, outside the grid too; False: boxes inside the grid
+    of_points: bool  # True: predicts a class for every LiDAR point, outside the grid too
+    labeled: Callable = lambda dataset: dataset  # dataset -> the dataset with the task's labels, or a `DataError`
+    folder: str = "finetune-{modality}"  # parent of the runs, in outputs/
 
 
 TASKS = {
@@ -116,6 +124,19 @@ TASKS = {
         picture=segment_views,
         scene=segmented_scene,
         of_points=True,
+        labeled=lambda dataset: dataset.require_point_labels() or dataset,
+        folder="finetune-segment",
+    ),
+    "occupancy": Task(
+        presets=OCCUPANCY,
+        model=OccupancyModel,
+        evaluate=evaluate_occupancy,
+        predict=OccupancyModel.predict,
+        picture=occupancy_views,
+        scene=occupied_scene,
+        of_points=False,
+        labeled=lambda dataset: dataset.with_occupancy(),
+        folder="finetune-occupancy-{modality}",
     ),
 }
 
@@ -131,11 +152,11 @@ def parse(argv=None) -> Args:
 
 def with_preset(args):
     """The flags, with the field `recipe` set to the preset that they choose, and --modality to its default."""
-    modality = args.modality or ("camera" if args.task == "detect" else "lidar")
     presets = TASKS[args.task].presets
+    modality = args.modality or next(iter(presets))
     if modality not in presets:
         raise UserError(f"--modality {modality} does not work with --task {args.task}; use {', '.join(presets)}.")
-    default = DEFAULT_PRESET[modality if args.task == "detect" else args.task]
+    default = DEFAULT_PRESET[args.task if args.task in DEFAULT_PRESET else modality]
     return cli.with_preset(args, presets, modality, default)
 
 
@@ -143,8 +164,7 @@ def main(args: Args):
     task, recipe, optim = TASKS[args.task], args.recipe, args.recipe.optim
     with start(args.device, args.deterministic) as world:
         device, print0, workers = world.device, world.print0, world.workers(args.workers)
-        kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
-        path, saved = find_run(kind, args.out, args.resume, world)
+        path, saved = find_run(task.folder.format(modality=args.modality), args.out, args.resume, world)
         if not saved:
             cli.check_frozen_stages(recipe, args.pretrained, "--pretrained")
 
@@ -258,11 +278,9 @@ def open_datasets(args, world):
     with world.main_first():  # generates the city, builds the index, cuts out the objects
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
         train_set, val_set = dataset.train_and_val(root, version, recipe, recipe.label_fraction, point_range)
+        train_set, val_set = task.labeled(train_set), task.labeled(val_set)
         if recipe.paste:
             train_set = train_set.with_objects(load_objects(train_set, recipe.paste, world.workers(args.workers)))
-    if task.of_points:
-        train_set.require_point_labels()
-        val_set.require_point_labels()
     if recipe.balanced:
         train_set = train_set.balanced(args.seed)
     return replace(args, data_root=root.resolve(), version=version), train_set, val_set

@@ -192,7 +192,7 @@ def main(args: Args):
             if report_now or save_now:
                 values = progress.checked_means(values, scaler, done)
             if report_now:
-                rays = rays_per_sample(batch.keyframe(), recipe.rays)
+                rays = rays_per_sample(batch.keyframe(), recipe.rays) if recipe.render.renders else 0
                 progress.report(done, values, lr=optim.lr * lr_factor_at(optim, step, steps), rays_per_sample=rays)
             if save_now:
                 run.save(done, parts, metrics)
@@ -215,18 +215,23 @@ def open_datasets(args, world):
             split, _ = dataset.train_val_splits(root, version)
             recipe = with_ray_origins(recipe, dataset.has_images(root, version, split), world.print0)
         train_set, val_set = dataset.train_and_val(root, version, recipe, args.label_fraction, point_range)
+        recipe = replace(recipe, data=train_set.data)  # with the number of feature channels
     return replace(args, data_root=root.resolve(), version=version, recipe=recipe), train_set, val_set
 
 
 def with_ray_origins(recipe, has_images, print0):
     """A LiDAR recipe adapted to the dataset: without images, rays start at the LiDAR.
 
-    Raises `UserError` if the recipe has a color loss then, since these rays have no color.
+    Raises `UserError` if the recipe has a loss of colors or image features then, since these rays see no pixel.
     """
     if recipe.data.cameras and has_images:
         return recipe
-    if recipe.render.rgb_weight:
-        raise UserError("rays from the LiDAR have no color: they need --render.rgb-weight 0.")
+    losses = [name for name in ("rgb", "photometric", "features") if getattr(recipe.render, f"{name}_weight")]
+    if losses:
+        flags = [f"--render.{name}-weight 0" for name in losses]
+        flags += ["--data.sources"] if "photometric" in losses else []  # without a number: none
+        flags += ["--data.features None"] if "features" in losses else []
+        raise UserError(f"rays from the LiDAR see no pixel: they need {' '.join(flags)}.")
     if recipe.data.cameras:
         print0("no training frame has all its images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))
@@ -254,7 +259,9 @@ def summary(metrics, path):
     lines = []
     if metrics:
         lines += [f"{'held-out frames':<20}" + "".join(f"{when:>10}" for when in metrics)]
-        for name in next(iter(metrics.values())):
+        first, *others = metrics.values()
+        # the files of a resumed run may have changed, and with them what can be measured
+        for name in (name for name in first if all(name in values for values in others)):
             lines += [f"{name:<20}" + "".join(f"{values[name]:>10.3f}" for values in metrics.values())]
         lines += [f"pictures     {path / 'images'}"]
     lines += [f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]

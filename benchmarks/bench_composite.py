@@ -1,13 +1,14 @@
 """composite: kernel, reference, and UniPAD's formula in eager PyTorch.   python -m benchmarks.bench_composite
 
-Also depth_in_range, which clamps the composited depth: kernels and reference.
+Also depth_in_range, which clamps the composited depth, and ray_mean, of the losses: kernels and reference.
 """
 
 import torch
 
 from benchmarks.harness import DEVICE, Case, compare
 from unipad.kernels.composite import EPS, composite, composite_ref
-from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref
+from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref, rows_of_volumes
+from unipad.kernels.ray_mean import ray_mean, ray_mean_ref
 
 # Rays, samples of each, channels composited. UniPAD: 6 cameras x 512 rays, 72 + 24 samples, RGB and depth; then more
 # channels, then more rays. On a CPU first about the tiny preset's sizes (6 x 64 rays, 40 + 16 samples)
@@ -39,10 +40,16 @@ def depth_case(R, S, B=1):
     return Case(name=f"R={R} B={B}", inputs=(depth, edges, volume_idx, hit, B, 1 / 54), fwd_bytes=moved)
 
 
+def mean_case(R, B):
+    of_volume = rows_of_volumes(torch.randint(B, (R,), device=DEVICE), B, torch.float32)
+    of_ray = torch.rand(R, device=DEVICE, requires_grad=True)
+    # read both; write the slope of each ray (for the backward) and one number
+    return Case(name=f"R={R} B={B}", inputs=(of_ray, of_volume, 3), fwd_bytes=4 * R * (B + 2) + 4)
+
+
 if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
     compare("composite", composite_ref, composite, {"eager": eager}, [case(*size) for size in sizes])
-    cases = [
-        depth_case(R, S, B) for B, (R, S, _) in zip((1, 4), sizes[::2] if DEVICE == "cuda" else sizes, strict=True)
-    ]
-    compare("depth_in_range", depth_in_range_ref, depth_in_range, {}, cases)
+    rays = [(R, S, B) for B, (R, S, _) in zip((1, 4), sizes[::2] if DEVICE == "cuda" else sizes, strict=True)]
+    compare("depth_in_range", depth_in_range_ref, depth_in_range, {}, [depth_case(*size) for size in rays])
+    compare("ray_mean", ray_mean_ref, ray_mean, {}, [mean_case(R, B) for R, _, B in rays])

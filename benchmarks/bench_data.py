@@ -29,6 +29,7 @@ from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate, is_synthetic
 from unipad.errors import UserError
 from unipad.exit import exit_on_user_error
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.segment import Segmenter
 
 CITY = Path("data/bench-data")
@@ -48,7 +49,7 @@ def training_set(recipe, model, root, version):
     """The training set of a recipe, as the scripts open it."""
     point_range = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)
     train_set, _ = NuScenesDataset.train_and_val(root, version, recipe, label_fraction=1.0, point_range=point_range)
-    return train_set
+    return train_set.with_occupancy() if model is OccupancyModel else train_set
 
 
 def loaded(dataset, i):
@@ -83,7 +84,7 @@ def main(args: Args):
     unknown = [name for name in args.recipes if name not in known]
     if unknown:
         raise UserError(f"No recipe {unknown[0]}; choose from {', '.join(known)}.")
-    names = args.recipes or [name for name in known if not name.endswith("tiny")]
+    names = args.recipes or [name for name in known if "tiny" not in name.split("-")]
     if args.data_root is None and not is_synthetic(CITY):
         generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), columns=COLUMNS, camera_sweeps=2)
     root = args.data_root or CITY

@@ -53,7 +53,7 @@ def case(preset, **settings):
     parameters = [p for p in renderer.parameters() if p.requires_grad]
     name = f"{preset}{', all losses' if settings else ''}: R={R} S={cfg.samples}+{cfg.importance}"
     # read the volume and the rays; write color and depth, 4 numbers per ray
-    moved = volume.nbytes + sum(t.nbytes for t in vars(rays).values()) + 4 * depth.nbytes
+    moved = volume.nbytes + sum(t.nbytes for t in vars(rays).values() if t is not None) + 4 * depth.nbytes
     return Case(name, (renderer, volume.requires_grad_(), rays, jitter, parameters), moved)
 
 
@@ -71,7 +71,7 @@ def in_fp64(case):
     """The case's inputs in double precision; nothing is timed with them."""
     renderer, volume, rays, jitter, _ = case.inputs
     renderer = deepcopy(renderer).double()
-    rays = Rays(*(t.double() if t.is_floating_point() else t for t in vars(rays).values()))
+    rays = rays.each(lambda t: t.double() if t.is_floating_point() else t)
     parameters = [p for p in renderer.parameters() if p.requires_grad]
     return renderer, volume.detach().double().requires_grad_(), rays, jitter.double(), parameters
 

@@ -273,7 +273,7 @@ class Pointwise(nn.Module):
 def as_peer(encoder, lib):
     """A copy of the encoder with the peer's convolutions; all parameters are shared."""
     twin = copy.deepcopy(encoder, {id(p): p for p in encoder.parameters()})
-    stage = 0
+    twin.convs, stage = [], 0  # none whose weights are cast for our kernels
     for parent in list(twin.modules()):
         for name, conv in list(parent.named_children()):
             if isinstance(conv, sparse.SubMConv3d):

@@ -23,7 +23,12 @@ HEIGHT = 1.5  # meters above ground, of the LiDAR and the cameras
 FOCAL = 0.8  # focal length / image width
 POINTS = 12_000  # of the LiDAR
 # `eager_lift` is the peer of the view transform "gather" only
-PRESETS = tuple(name for name, recipe in PRETRAIN["camera"].items() if recipe.camera.view == "gather")
+# those whose batch is made of images and points alone
+PRESETS = tuple(
+    name
+    for name, recipe in PRETRAIN["camera"].items()
+    if recipe.camera.view == "gather" and not recipe.data.sources and not recipe.data.features
+)
 
 
 def random_batch(recipe):

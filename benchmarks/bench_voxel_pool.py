@@ -1,7 +1,9 @@
 """voxel_pool: kernel, reference and peers; then with more and fewer views, voxels and channels.
 
     python -m benchmarks.bench_voxel_pool
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_voxel_pool --paper      on a CPU: paper size too, over 70 s
 
+At paper size, the peer's products of features and probabilities alone are a million points x 256 channels, 1 GB.
 Peers: UniPAD's formulas, eager and compiled; on a GPU BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is installed.
 Every timed call finds the voxels of the frustum points and sorts them, since the camera matrices differ from sample to
 sample.
@@ -12,6 +14,7 @@ import math
 from functools import partial
 
 import torch
+import tyro
 
 from benchmarks.bench_lift import AGREE_HALF, rig
 from benchmarks.eager import eager_voxel_pool
@@ -91,16 +94,26 @@ def peers():
     return found
 
 
-if __name__ == "__main__":
-    run = partial(compare, "voxel_pool", voxel_pool_ref, voxel_pool)
+def main(paper: bool = False):
+    """Measure and print.
+
+    Args:
+        paper: paper size on a CPU too.
+    """
+    on_gpu, run = DEVICE == "cuda", partial(compare, "voxel_pool", voxel_pool_ref, voxel_pool)
     uncompiled = peers()
     with_compiled = uncompiled | {"compiled": compiled(eager_voxel_pool)}
-    if DEVICE == "cuda":
+    if on_gpu:
         run(with_compiled, [case(PAPER, torch.bfloat16), case(PAPER, torch.float16)], agree=AGREE_HALF)
-    run(with_compiled if DEVICE == "cuda" else uncompiled, [case(PAPER)])  # on a CPU, only the tiny size is compiled
+    if on_gpu or paper:
+        run(with_compiled if on_gpu else uncompiled, [case(PAPER)])  # on a CPU, only the tiny size is compiled
     run(with_compiled, [case(TINY)])
-    size, dtype = (PAPER, torch.bfloat16) if DEVICE == "cuda" else (TINY, torch.float32)
+    size, dtype = (PAPER, torch.bfloat16) if on_gpu else (TINY, torch.float32)
     scaling = [case(size, dtype, views=views) for views in (1, 3, 12)]
-    scaling += [case(size, dtype, across=across) for across in ((90, 360) if DEVICE == "cuda" else (32, 128))]
-    scaling += [case(size, dtype, channels=C) for C in ((64, 128, 512) if DEVICE == "cuda" else (16, 64, 128))]
-    run(uncompiled, scaling, agree=AGREE_HALF if DEVICE == "cuda" else AGREE)
+    scaling += [case(size, dtype, across=across) for across in ((90, 360) if on_gpu else (32, 128))]
+    scaling += [case(size, dtype, channels=C) for C in ((64, 128, 512) if on_gpu else (16, 64, 128))]
+    run(uncompiled, scaling, agree=AGREE_HALF if on_gpu else AGREE)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

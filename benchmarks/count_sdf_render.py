@@ -1,4 +1,5 @@
-"""Machine code of the fused renderer's kernels: warp instructions per sample, registers, stack, shared memory.
+"""Machine code of the fused renderer's kernels: warp instructions per sample, registers, stack, shared memory; their
+programs.
 
     python -m benchmarks.count_sdf_render
     python -m benchmarks.count_sdf_render --target sm_80
@@ -9,6 +10,10 @@ instruction is one that the 32 threads of a warp execute together. The count is 
 times the trips of the loops around it and the warps of a program, on `RAYS` rays of `SAMPLES` samples, over all
 samples. Both sides of a branch count, subroutines (64-bit division) do not. It says nothing about stalls: a kernel with
 fewer instructions may be slower.
+
+"programs" of each launch, for a GPU of `MULTIPROCESSORS`. As many run at once as have registers: "busy" is the share
+of these in use, in %, if all rays took as long. "MB": partial sums of gradients, which are zeroed before and summed
+after.
 """
 
 import argparse
@@ -17,10 +22,11 @@ import re
 
 from unipad.kernels import sdf_backward, sdf_render
 from unipad.kernels.backend import triton
-from unipad.kernels.sdf_field import PER_MULTIPROCESSOR
+from unipad.kernels.sdf_field import programs_for
 
 RAYS, SAMPLES, SEARCHED = 3072, 96, 72  # rays of camera-0.1; samples per ray; `sdf_values` looks up fewer
 MULTIPROCESSORS = 132  # of an H100; the number of programs depends on it
+REGISTERS = 65536  # of a multiprocessor
 PASSES = {  # kernels of each pass; the search for the surface along rays, before it, is not part of the forward
     "search": ("_sdf_values_kernel",),
     "forward": ("_sdf_render_fwd_kernel",),
@@ -51,7 +57,24 @@ def count(launch, target):
     programs, samples, loops = _work(launch)
     sass = ahead_of_time._dump(compiled, "nvdisasm", "-c")
     per_program = instructions(sass, compiled.asm["ttgir"], loops) * launch.num_warps
-    return ahead_of_time._cost(compiled, "") | dict(instructions=per_program * programs / samples)
+    cost = ahead_of_time._cost(compiled, "") | dict(instructions=per_program * programs / samples)
+    return cost | _programs(launch, programs, cost["registers"])
+
+
+def _programs(launch, programs, registers):
+    """The header's "programs", "busy" and "MB"."""
+    given, kernel = launch.constexprs, launch.kernel
+    tiles = triton.cdiv(SAMPLES, given.get("BLOCK_S", SAMPLES))  # per ray
+    # what the programs share out among them: rays or tiles
+    pieces = {"_sdf_render_bwd_rgb_kernel": RAYS, "_sdf_render_bwd_sdf_kernel": RAYS * tiles}.get(kernel, programs)
+    warps = REGISTERS // (32 * triton.cdiv(registers, 8) * 8)  # of a multiprocessor
+    at_once = min(programs, MULTIPROCESSORS * min(32, warps // launch.num_warps))
+    one_by_one = triton.cdiv(programs, at_once) * triton.cdiv(pieces, programs)
+    rows, stride = given["H"] * given.get("SDF_LAYERS", 0) + 1, given["C"] + given["H"] + 16
+    if "rgb" in kernel:
+        rows, stride = given["H"] * (given["RGB_LAYERS"] - 1) + 16, stride + given["H"]
+    partial_sums = 4e-6 * programs * rows * stride if "bwd" in kernel else 0
+    return dict(programs=programs, busy=100 * pieces / (one_by_one * at_once), MB=partial_sums)
 
 
 def _work(launch):
@@ -59,11 +82,13 @@ def _work(launch):
     given = launch.constexprs
     if launch.kernel == "_sdf_values_kernel":  # a tile per program
         return triton.cdiv(RAYS * SEARCHED, given["BLOCK_M"]), RAYS * SEARCHED, []
-    programs, tiles = PER_MULTIPROCESSOR * MULTIPROCESSORS, triton.cdiv(SAMPLES, given["BLOCK_S"])  # tiles per ray
+    tiles = triton.cdiv(SAMPLES, given["BLOCK_S"])  # per ray
     if launch.kernel == "_sdf_render_fwd_kernel":  # a ray per program
         return RAYS, RAYS * SAMPLES, [tiles]
     if launch.kernel == "_sdf_render_bwd_rgb_kernel":
+        programs = programs_for(RAYS, MULTIPROCESSORS, launch.num_warps)
         return programs, RAYS * SAMPLES, [RAYS / programs, tiles]
+    programs = programs_for(RAYS * tiles, MULTIPROCESSORS, launch.num_warps)
     return programs, RAYS * SAMPLES, [RAYS * tiles / programs]
 
 
@@ -75,8 +100,11 @@ def instructions(sass, ttgir, trips):
     """
     in_source, in_code = _source_loops(ttgir), _sass_loops(sass)
     while len(in_source) > len(in_code):
-        in_source.remove(min((row for row in in_source if row[1]), key=lambda row: row[1]))
-    assert [depth for depth, _ in in_source] == [depth for depth, *_ in in_code], "loops were moved"
+        shortest = min((row for row in in_source if row[1]), key=lambda row: row[1], default=None)
+        assert shortest, "the machine code lacks a loop of unknown length: this compiler's code cannot be counted"
+        in_source.remove(shortest)
+    same = [depth for depth, _ in in_source] == [depth for depth, *_ in in_code]
+    assert same, "loops of the machine code are nested differently: this compiler's code cannot be counted"
     trips = iter(trips)
     counts = [next(trips) if n is None else n for _, n in in_source]
     assert next(trips, None) is None, "fewer loops than trips"
@@ -131,7 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("--products", choices=("tf32", "exact"), help="only these; default: both")
     args, totals = parser.parse_args(), {}
     target = args.target
-    columns = "instructions", "stack", "registers", "shared"
+    columns = "instructions", "stack", "registers", "shared", "programs", "busy", "MB"
     print(f"| kernel, {target} | products | {' | '.join(columns)} |\n|{'---|' * (2 + len(columns))}")
     for mode, launch in counted_launches():
         if args.products not in (None, mode):

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import sparse_gemm, sparse_tiles
+from unipad.kernels.sparse_layers import MAX_ALIKE
 from unipad.kernels.sparse_map import inverse_map, strided_map, submanifold_map
 from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.voxel_keys import sort_voxels
@@ -141,7 +142,7 @@ class Cost:
     bytes_cached: float  # from the L2, if rows read earlier by a tile come from the L1
     bytes_uncached: float  # from the L2, if they do not
     bytes_minimum: float
-    programs: int
+    programs: int  # of a launch
 
 
 def gather_gemm(table, c_in, c_out):
@@ -170,12 +171,13 @@ def gather_gemm(table, c_in, c_out):
     )
 
 
-def d_weight_of_groups(table, c_in, c_out):
-    """`Cost` of the gradient of the weights by groups of offsets, see `sparse_gemm._d_weight_of_groups`."""
+def d_weight_of_groups(table, c_in, c_out, layers):
+    """`Cost` of the gradient of the weights by groups of offsets, see `sparse_gemm._d_weight_of_groups`: of one of the
+    layers whose gradients one launch computes; programs of the launch."""
     (K, M), pairs = table.shape, (table >= 0).sum().item()
     group, block_r = sparse_gemm.GROUP_OF[c_in], sparse_gemm.BLOCK_R
     # a program sums one part of the rows for one group of offsets
-    groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
+    groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in, layers))
     # if the L1 hits: for one block of outputs, a row that several offsets of a group read comes from the L2 once
     rows_read = sum(
         (of_group >= 0).sum().item() / waste_and_reuse(of_group, torch.arange(M), block_r)[1]
@@ -190,7 +192,7 @@ def d_weight_of_groups(table, c_in, c_out):
         bytes_cached=rows_read * c_in * BYTES + rest,
         bytes_uncached=pairs * c_in * BYTES + rest,
         bytes_minimum=_d_weight_minimum(table, pairs, c_in, c_out),
-        programs=parts * groups,
+        programs=parts * groups * layers,
     )
 
 
@@ -199,14 +201,14 @@ def _d_weight_minimum(table, pairs, c_in, c_out):
     return 4 * pairs + (N * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out
 
 
-def d_weight(table, c_in, c_out):
-    """`Cost` of the gradient of the weights by chunks of pairs, see `sparse_gemm.d_weight_of`."""
+def d_weight(table, c_in, c_out, layers):
+    """`Cost` of the gradient of the weights by chunks of pairs, see `sparse_gemm.d_weight_of`; likewise."""
     (K, M), counts = table.shape, (table >= 0).sum(dim=1)
     pairs, block_r = counts.sum().item(), sparse_gemm.BLOCK_R
     max_block = sparse_gemm._limits(DTYPE, c_in, c_out, allow_tf32=False)[1]
     block_i, block_o = (sparse_gemm._block(c, max_block) for c in (c_in, c_out))
     tiles_i, tiles_o = -(-c_in // block_i), -(-c_out // block_o)
-    max_chunks = sparse_gemm._max_chunks(K, M, c_in, c_out, tiles_i * tiles_o)
+    max_chunks = sparse_gemm._max_chunks(K, M, c_in, c_out, tiles_i * tiles_o, layers)
     length = max(-(-pairs // max_chunks), sparse_gemm.MIN_PAIRS)
     length = -(-length // (2 * block_r)) * 2 * block_r  # pairs per chunk, a multiple of 2 * block_r
     chunks = (-(-counts // length)).sum().item()
@@ -220,7 +222,7 @@ def d_weight(table, c_in, c_out):
         bytes_cached=moved,  # at one offset no row is read twice
         bytes_uncached=moved,
         bytes_minimum=_d_weight_minimum(table, pairs, c_in, c_out),
-        programs=chunks * tiles_i * tiles_o,
+        programs=chunks * tiles_i * tiles_o * layers,
     )
 
 
@@ -235,7 +237,9 @@ def print_layers(all_layers):
         label = f"{layer.name}, {layer.c_in} to {layer.c_out}" + (f", x {layer.times}" if layer.times > 1 else "")
         costs = {name: gather_gemm(table, c_in, c_out) for name, table, _, c_in, c_out in layer.passes()}
         grouped = sparse_gemm._in_groups(DTYPE, len(layer.table), layer.c_in, layer.c_out, layer.inverse is layer.table)
-        costs["d_weight"] = (d_weight_of_groups if grouped else d_weight)(layer.table, layer.c_in, layer.c_out)
+        count_d_weight = d_weight_of_groups if grouped else d_weight
+        alike = min(layer.times, MAX_ALIKE)  # in one launch
+        costs["d_weight"] = count_d_weight(layer.table, layer.c_in, layer.c_out, alike)
         for name, c in costs.items():
             mb = torch.tensor([c.bytes_cached, c.bytes_uncached, c.bytes_minimum], dtype=torch.float64) / 1e6
             total += layer.times * torch.cat([torch.tensor([gflop, gflop * c.padded_waste]), mb])

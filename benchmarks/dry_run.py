@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from triton.backends.compiler import GPUTarget
 
-from unipad.batch import Batch
+from unipad.batch import OCCUPANCY_SHAPE, Batch
+from unipad.config import OccupancyRecipe
 from unipad.kernels import backend
 
 aten = torch.ops.aten
@@ -258,8 +259,10 @@ def make_batch(recipe, scene=0, cameras=6):
     B, data = recipe.optim.batch_size, recipe.data
     H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))  # padded as by `collate`
     views = cameras * data.camera_sweeps if data.cameras else 0
-    points = [25_000 * data.sweeps + 137 * b + 23 * scene for b in range(B)]
-    boxes = [30 + 3 * b + scene for b in range(B)]
+    points = [(25_000 * data.sweeps + 137 * b + 23 * scene) * (data.sweeps > 0) for b in range(B)]
+    sources = cameras * len(data.sources)
+    boxes, voxels = [30 + 3 * b + scene for b in range(B)], isinstance(recipe, OccupancyRecipe)
+    feature_shape = B, cameras, H // 16, W // 16, data.feature_channels
 
     def on_gpu(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, device=CUDA)
@@ -277,6 +280,16 @@ def make_batch(recipe, scene=0, cameras=6):
         point_labels=on_gpu(sum(points), dtype=torch.uint8),
         tokens=("",) * B,
         frame_lags=on_gpu(B, data.camera_sweeps) if data.camera_sweeps > 1 else None,
+        source_images=on_gpu(B, sources, H, W, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) if sources else None,
+        source_sizes=on_gpu(B, sources, 2, dtype=torch.int64) if sources else None,
+        lidar2source=on_gpu(B, sources, 4, 4) if sources else None,
+        features=on_gpu(*feature_shape, dtype=torch.float16) if data.features else None,
+        feature_sizes=on_gpu(B, cameras, 2, dtype=torch.int64) if data.features else None,
+        sweep_origins=on_gpu(B, data.sweeps, 4) if recipe.reads_points_beyond else None,
+        occupancy=on_gpu(B, 3, *OCCUPANCY_SHAPE, dtype=torch.uint8) if voxels else None,
+        ego2lidar=on_gpu(B, 4, 4) if voxels else None,
+        points_beyond=on_gpu(sum(n // 5 for n in points), 5) if recipe.reads_points_beyond else None,
+        beyond_counts=torch.tensor([n // 5 for n in points]) if recipe.reads_points_beyond else None,
     )
 
 

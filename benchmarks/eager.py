@@ -115,8 +115,8 @@ class EagerRenderer(nn.Module):
         of_volume = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
         return Rendered(**joined, points_sdf=None, of_volume=of_volume.to(volume), points_of_volume=None)
 
-    def loss(self, rendered, rays):
-        """As `Renderer.loss`, one batch sample at a time; without the loss `points`."""
+    def loss(self, rendered, rays, sources=None):
+        """As `Renderer.loss`, one batch sample at a time; without the losses `points`, `photometric` and `features`."""
         terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_volume]
         return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 
@@ -158,7 +158,9 @@ class EagerRenderer(nn.Module):
         depth = (weights * starts).sum(1) / (weights.sum(1) + 1e-10)
         hit_starts = starts[hit[:, 0]]
         # to the range of the samples of all rays through the volume, as in the original (see `unipad.model.render`)
-        depth = torch.where(hit[:, 0], depth.clip(hit_starts.min(), hit_starts.max()), 0) / self.scale
+        if hit_starts.numel():
+            depth = depth.clip(hit_starts.min(), hit_starts.max())
+        depth = torch.where(hit[:, 0], depth, 0) / self.scale
         rgb = (weights[..., None] * rgb).sum(1)
         return dict(
             rgb=rgb if self.training else rgb.clamp(0, 1), depth=depth, hit=hit[:, 0], weights=weights,
@@ -195,11 +197,11 @@ class EagerRenderer(nn.Module):
         around = valid & ~front & ~back
         depth = rendered.depth[in_sample, None] * self.scale
         terms = {
-            "rgb": F.l1_loss(rendered.rgb[in_sample], rays.rgb[in_sample]),
+            "rgb": _mean((rendered.rgb[in_sample] - rays.rgb[in_sample]).abs()),
             "depth": (valid * (target - depth).abs()).sum() / valid.sum().clamp(min=1),
             "free_space": (F.relu(trunc - sdf) * front).sum() / front.sum().clamp(min=1),
             "sdf": ((starts + sdf - target).abs() * around).sum() / around.sum().clamp(min=1),
-            "eikonal": ((rendered.gradient[in_sample].norm(dim=-1) - 1) ** 2).mean(),
+            "eikonal": _mean((rendered.gradient[in_sample].norm(dim=-1) - 1) ** 2),
         }
         return {k: getattr(cfg, f"{k}_weight") * v for k, v in terms.items() if getattr(cfg, f"{k}_weight") > 0}
 
@@ -232,6 +234,11 @@ def _mlp(leaves, points, condition, activation):
         if l + 4 < len(layers):
             x = activation(x)
     return x
+
+
+def _mean(values):
+    """0 of no values."""
+    return values.sum() / max(values.numel(), 1)
 
 
 def _weights(alpha):

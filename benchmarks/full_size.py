@@ -24,7 +24,7 @@ import tyro
 from unipad.checkpoint import write_checkpoint
 from unipad.data.synthetic import generate
 from unipad.model.encoder import Encoder
-from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 
 CITY = Path("data/full-size")
 COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
@@ -33,13 +33,14 @@ SCRIPTS = {
     "train": ("train.py", PRETRAIN, "--init", ["--val-samples", "1", "--picture-stride", "64"]),
     "finetune": ("finetune.py", DETECT, "--pretrained", []),
     "segment": ("finetune.py", SEGMENT, "--pretrained", ["--task", "segment"]),
+    "occupancy": ("finetune.py", OCCUPANCY, "--pretrained", ["--task", "occupancy"]),
 }
 
 
 @dataclass(frozen=True)
 class Args:
     presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all except the tiny ones)
-    task: Literal["train", "finetune", "segment"] | None = None  # default: all three
+    task: Literal["train", "finetune", "segment", "occupancy"] | None = None  # default: all
     device: Literal["cpu", "cuda"] = "cpu"  # device of the step
 
 
@@ -50,7 +51,7 @@ def main(args: Args):
     for task, (script, by_modality, init_flag, flags) in SCRIPTS.items():
         for modality, presets in by_modality.items():
             for name, recipe in presets.items():
-                if not name.endswith("tiny") and name in (args.presets or presets) and task == (args.task or task):
+                if "tiny" not in name.split("-") and name in (args.presets or presets) and task == (args.task or task):
                     checkpointing = ["--checkpointing"] if modality != "lidar" else []
                     preset = ["--modality", modality, "--preset", name, "--device", args.device]
                     cells = measure(script, [*flags, *checkpointing, *preset], recipe, init_flag)

@@ -27,15 +27,17 @@ from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
 from unipad.kernels.backend import references
 from unipad.model.detect import Detector
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.optimizer import make_optimizer
-from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 from unipad.runtime import generators, mixed_precision
 
-CITY = Path("data/full-size" if DEVICE == "cuda" else "data/small-size")
+CITY = Path("data/full-size-features" if DEVICE == "cuda" else "data/small-size-features")
 IMAGE_SIZE = (900, 1600) if DEVICE == "cuda" else (144, 256)
 TASKS = {"train": (PRETRAIN, Pretrain), "finetune": (DETECT, Detector), "segment": (SEGMENT, Segmenter)}
+TASKS["occupancy"] = OCCUPANCY, OccupancyModel
 # measured first, since users run them first and time may run out
 FIRST = ("train/camera/camera-0.1", "train/lidar/lidar-0.075", "train/fusion/fusion-0.075", "segment/lidar/segment")
 TIMED = 5  # number of steps, of whose times the median is reported
@@ -54,7 +56,7 @@ def recipes():
         for task, (by_modality, model) in TASKS.items()
         for modality, presets in by_modality.items()
         for name, recipe in presets.items()
-        if name.endswith("tiny") == (DEVICE == "cpu")
+        if ("tiny" in name.split("-")) == (DEVICE == "cpu")
     }
     return dict(sorted(found.items(), key=lambda item: item[0] not in FIRST))
 
@@ -63,7 +65,7 @@ def city():
     """Root of a small synthetic city with camera sweeps, generated once."""
     if not CITY.exists():
         # camera_sweeps: besides the keyframe, which `Data` counts too
-        generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2)
+        generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2, features=16)
     return CITY
 
 
@@ -77,6 +79,8 @@ class Step:
         split, _ = NuScenesDataset.train_val_splits(root, version)
         data = NuScenesDataset(root, version, split, recipe.data, point_range=box)
         data = data if recipe.reads_pixels else data.without_pixels()
+        data = data.with_occupancy() if model is OccupancyModel else data
+        data = data.with_points_beyond() if recipe.reads_points_beyond else data
         self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last frame has sweeps before it
         torch.manual_seed(0)
         with torch.device(DEVICE):

@@ -49,9 +49,9 @@ ON_GPU = DEVICE == "cuda"
 TIME_FRACTIONS = {"machine": 0.02, "selfcheck": 0.22, "steps": 0.18, "ops": 0.3, "tests": 0.2, "training": 0.08}
 # Benchmarks and their fractions of the time of stage ops, the most important first
 OPS = {
-    "sdf_render": 0.17, "sparse_conv": 0.26, "lift": 0.12, "voxel_pool": 0.12, "spunet": 0.08, "sparse_map": 0.05,
+    "sdf_render": 0.15, "sparse_conv": 0.21, "lift": 0.12, "voxel_pool": 0.12, "spunet": 0.08, "sparse_map": 0.05,
     "rotated_iou": 0.05, "voxelize": 0.03, "trilinear": 0.03, "ray_sample": 0.03, "composite": 0.02, "sdf_alpha": 0.02,
-    "norm_relu": 0.02,
+    "norm_relu": 0.02, "sparse_layers": 0.02, "warp": 0.02, "ray_features": 0.02, "carve": 0.01,
 }  # fmt: skip
 CURVE_STEPS = 60 if ON_GPU else 3  # stage training: steps that also run on a CPU, for comparison
 

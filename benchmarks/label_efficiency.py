@@ -2,6 +2,7 @@
 
     python -m benchmarks.label_efficiency --modality lidar               # a synthetic city, a few minutes per run
     python -m benchmarks.label_efficiency --task segment --fractions 0.05 0.2 --seeds 0 1 2 --jobs 2
+    python -m benchmarks.label_efficiency --task occupancy --modality lidar --fractions 0.05 --jobs 2
     python -m benchmarks.label_efficiency --modality lidar --data-root /data/nuscenes --version v1.0-trainval \
         --preset lidar-0.075-ablation --pretrained RUN --arms scratch pretrained --fractions 0.2 --steps 7000 --gpus 4
     python -m benchmarks.label_efficiency --figure docs/label_efficiency.png         # draw all results so far
@@ -59,7 +60,9 @@ CITY_SIZE = {"scenes": 128, "keyframes": 4}  # 360 keyframes to train on, 48 to 
 METRICS = {
     "detect": {"NDS": ("metrics_summary.json", "nd_score"), "mAP": ("metrics_summary.json", "mean_ap")},
     "segment": {"mIoU": ("segmentation_summary.json", "miou")},
+    "occupancy": {"mIoU": ("occupancy_summary.json", "miou"), "RayIoU": ("occupancy_summary.json", "rayiou")},
 }
+TASKS = {"detect": "detection", "segment": "segmentation", "occupancy": "occupancy"}  # name of each in titles
 TITLES = {"camera": "Camera", "lidar": "LiDAR", "fusion": "Fusion"}
 
 # Environment of the programs with --portable. Every library chooses its code by what the CPU has: width of vectors,
@@ -85,7 +88,7 @@ PORTABLE = {
 
 @dataclass(frozen=True)
 class Args:
-    task: Literal["detect", "segment"] = "detect"  # task of fine-tuning
+    task: Literal["detect", "segment", "occupancy"] = "detect"  # task of fine-tuning
     modality: Literal["camera", "lidar", "fusion"] = "lidar"  # input of the encoder
     arms: tuple[Arm, ...] = ARMS  # arms to compare
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions: 1/k of the training frames each
@@ -186,7 +189,8 @@ def missing_cases(args, rows):
 
 def variant_folder(out, settings):
     """The folder of the runs of a variant; settings: `Args` or a `Row`."""
-    return out / (settings.modality if settings.task == "detect" else settings.task) / settings.variant
+    kinds = {"detect": settings.modality, "occupancy": f"occupancy-{settings.modality}"}
+    return out / kinds.get(settings.task, settings.task) / settings.variant
 
 
 def run_folder(out, settings, arm, fraction, steps, seed):
@@ -201,11 +205,11 @@ def is_of(args, row):
 def prepare(args, folder):
     """Generate the city and pre-train, unless this has been done."""
     if args.data_root is None and not is_synthetic(city(args)):
-        # a program of its own: NumPy reads its variables when it is loaded
         size = [text for name, value in CITY_SIZE.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "unipad.data.synthetic", "--out", str(city(args)), *size]
-        if subprocess.run(command, env=environment(args)).returncode:
-            sys.exit(1)
+        run_python(args, "-m", "unipad.data.synthetic", "--out", str(city(args)), *size)
+    if args.data_root is None and args.task == "occupancy" and not (city(args) / "gts").exists():
+        add = "import pathlib, sys, unipad.data.synthetic as s; s.add_occupancy(pathlib.Path(sys.argv[1]))"
+        run_python(args, "-c", add, str(city(args)))  # before two runs do
     if args.pretrained is None and any(arm.endswith("pretrained") for arm in args.arms):
         preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
         preset = preset or (None if args.data_root else "tiny")
@@ -213,6 +217,12 @@ def prepare(args, folder):
         flags += ["--steps", args.pretrain_steps] if args.pretrain_steps else []
         flags += ["--init", args.init] if args.init else []
         train(args, "train.py", folder / "pretrained", *flags, *args.pretrain_flags.split())
+
+
+def run_python(args, *arguments):
+    """Run Python in a process of its own, since NumPy reads the variables of --portable when it is loaded."""
+    if subprocess.run([sys.executable, *arguments], env=environment(args)).returncode:
+        sys.exit(1)
 
 
 def city(args):
@@ -411,7 +421,7 @@ def runs_of_several_lengths(rows):
 
 
 def title_of(rows):
-    return TITLES[rows[0].modality] + (" segmentation" if rows[0].task == "segment" else " detection")
+    return f"{TITLES[rows[0].modality]} {TASKS[rows[0].task]}"
 
 
 def draw_lines(axis, rows, x_of, line_of, markers):

@@ -29,18 +29,19 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.dry_run import CUDA, DryRun, Generator, backward, launches_kernel, make_batch, tensors_in, to_gpu
 from benchmarks.lidar_scene import scene
-from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, UnetConfig
+from unipad.config import DetectRecipe, OccupancyRecipe, PretrainRecipe, SegmentRecipe, UnetConfig
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.kernels.voxelize import grid_subsample, voxelize
 from unipad.model.detect import Detector
 from unipad.model.lidar import LidarEncoder
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.model.unet import UnetEncoder
 from unipad.optimizer import make_optimizer
 
 aten = torch.ops.aten
-MODELS = {PretrainRecipe: Pretrain, DetectRecipe: Detector, SegmentRecipe: Segmenter}
+MODELS = {PretrainRecipe: Pretrain, DetectRecipe: Detector, SegmentRecipe: Segmenter, OccupancyRecipe: OccupancyModel}
 
 # Part -> functions of unipad.model whose work it is, but for what they call of another part
 PARTS = {
@@ -67,12 +68,15 @@ PARTS = {
     ),
     "sampler": ("pretrain.Pretrain.forward",),  # the choice of rays; `count` adds the renderer's sampler
     "render": ("render.Renderer.forward",),
-    "head": ("detect.Detector.forward", "segment.Segmenter.forward"),
+    "head": ("detect.Detector.forward", "segment.Segmenter.forward", "occupancy.OccupancyModel.forward"),
     "losses": (
         "render.Renderer.loss",
+        "carving.Carving.loss",
         "detect.detection_losses",
         "detect.depth_loss",
         "segment.losses",
+        "occupancy.losses",
+        "occupancy.depth_loss",
     ),
     "optimizer": (),
 }
@@ -221,11 +225,11 @@ def launch_flops(name, given, pairs):
     if name == "_gather_gemm_kernel":
         features, out = given["features_ptr"], given["out_ptr"]
         return 2 * pairs[given["K"], len(features), len(out)] * given["I"] * given["O"], _unit(features, given)
-    if name in ("_d_weight_kernel", "_d_weight_of_groups_kernel"):
-        features, d_out = given["features_ptr"], given["d_out_ptr"]
+    if name in ("_d_weight_kernel", "_d_weight_of_groups_kernel"):  # of one or more layers alike
+        features, d_out = given["features_ptrs"][0], given["d_out_ptrs"][0]
         K = given["K"] if "K" in given else given["read_idx_ptr"].numel() // len(d_out)
         products = pairs[K, len(features), len(d_out)] * features.shape[1] * d_out.shape[1]
-        return 2 * products, _unit(features, given)
+        return 2 * products * len(given["d_out_ptrs"]), _unit(features, given)
     if not name.startswith("_sdf_"):
         return 0, "fp32"
     C, H = given["CHANNELS"], given["H"]
@@ -296,6 +300,8 @@ def count(recipe, cameras=6, voxels=1.0):
                 torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip, foreach=True)
                 optimizer.step()
     names = ("images", "image_sizes", "lidar2image", "lidar2camera", "points", "boxes", "labels", "point_labels")
+    others = ("occupancy", "source_images", "features", "points_beyond", "sweep_origins")
+    names += tuple(name for name in others if getattr(batch, name) is not None)
     return Counts(
         meter.work,
         batch_bytes=sum(size_of(getattr(batch, name)) for name in names),
@@ -306,6 +312,7 @@ def count(recipe, cameras=6, voxels=1.0):
 def host_reads(recipe, factor=1.0):
     """(`answers` of a `DryRun`, `pairs` of a `Meter`) for a batch of the recipe's size, of copies of one scene."""
     reads = {"assignment costs for the Hungarian method": None, "convergence of VolSDF's sampler": False}
+    reads["indices of the labeled voxels"] = 43_000  # of a sample: those of the example that Occ3D's authors publish
     if recipe.lidar is None:
         return reads, {}
 

@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Args:
-    task: Literal[tuple(TASKS)] = "train"  # train.py, or finetune.py for detection or segmentation
+    task: Literal[tuple(TASKS)] = "train"  # train.py, or finetune.py for detection, segmentation or occupancy
     preset: str | None = None  # a recipe of unipad/recipes.py; None: the first full-size one of the task
     modality: Literal["camera", "lidar", "fusion"] | None = None  # where several have a preset of that name
     batch_size: int = 1  # samples per GPU and step, in the first two tables
@@ -76,7 +76,7 @@ class Args:
 def find(args):
     """(task/modality/preset, recipe) that the arguments name. Raises `UserError` if none or several have the name."""
     presets, _ = TASKS[args.task]
-    default = {"train": DEFAULT_PRESET["camera"], "finetune": "camera-0.1", "segment": "segment"}[args.task]
+    default = {"train": DEFAULT_PRESET["camera"], "segment": "segment"}.get(args.task, "camera-0.1")
     named = {f"{args.task}/{modality}/{name}": recipe for modality, by_name in presets.items()
              for name, recipe in by_name.items() if args.modality in (None, modality)}  # fmt: skip
     found = [name for name in named if name.endswith(f"/{args.preset or default}")]
@@ -113,7 +113,8 @@ class Times:
 
 def load_ms(recipe, cameras, machine):
     """Milliseconds in which a GPU's data loading processes together load one sample."""
-    images = cameras * recipe.data.camera_sweeps if recipe.data.cameras and recipe.reads_pixels else 0
+    frames = recipe.data.camera_sweeps + len(recipe.data.sources)
+    images = cameras * frames if recipe.data.cameras and recipe.reads_pixels else 0
     return (images * machine.image_ms + recipe.data.sweeps * machine.sweep_ms) / machine.workers
 
 

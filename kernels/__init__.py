@@ -2,6 +2,7 @@
 
     backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, waits of the host for the GPU
     voxelize.py     points -> voxels with the mean of their points; grid sampling: one point of each voxel
+    carve.py        rays -> free and full cells of a grid
     voxel_keys.py   voxels sorted by linear index, their key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
     sparse_outputs.py ... the output voxels of strided and transposed convolutions
@@ -10,6 +11,7 @@
     sparse_tiles.py ... layouts of the neighbor table that the GEMMs read
     sparse_reference.py ... its reference
     norm_relu.py    batch normalization over voxels, residual and ReLU, for training
+    sparse_layers.py convolutions with norm_relu, one after the other, in one op, for training
     tuning.py       autotuning of an op's launch parameters, saved in a file; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     pixel_sum.py    ... its gradients on coarse levels, summed in a fixed order
@@ -20,11 +22,14 @@
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
     composite.py    front-to-back compositing of samples along rays
+    ray_features.py features of a volume along rays, summed with the weights of the samples
     depth_range.py  rendered depths clamped to the range of the samples in their volume
+    warp.py         the ends of rays carried into source images, and their colors there
+    ray_mean.py     means over the rays of each volume
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel
-    sdf_gather.py   ... its samples in the volume, inside a kernel
+    sdf_gather.py   ... its samples in the volume, inside a kernel; those of `ray_features` too
     sdf_weights.py  ... its MLPs' weights as operands of matrix products
     sdf_pack.py     ... the MLPs' parameters as the kernels read them
     sdf_reference.py ... its MLPs in the reference

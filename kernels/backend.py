@@ -65,6 +65,15 @@ def jit(kernel=None, *, varying=()):
     return kernel
 
 
+@triton.jit
+def pick(ptrs, i):
+    """Inside of a kernel: ptrs[i] of a tuple, where i is known only at run time."""
+    ptr = ptrs[0]
+    for k in tl.static_range(1, len(ptrs)):
+        ptr = tl.where(i == k, ptrs[k], ptr)
+    return ptr
+
+
 def cdiv(n, size):
     """n / size, rounded up; on the host, `triton.cdiv` costs ten times as much."""
     return -(-n // size)
@@ -126,9 +135,11 @@ class StreamCache:
 
     def find(self, key, device):
         """The cached value, or None."""
-        values = self._entries.get(key, {})
+        values = self._entries.get(key)
+        if values is None:
+            return None
         if torch.compiler.is_compiling() or capturing(device):
-            return list(values.values())[-1] if values else None
+            return list(values.values())[-1]
         return values.get(stream(device))
 
     def put(self, key, device, value):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import cdiv, jit, on_triton, tl
 
 
 def depth_in_range(
@@ -74,7 +74,7 @@ class DepthInRange(torch.autograd.Function):
             edges_ptr=edges, volume_idx_ptr=volume_idx, hit_ptr=hit, of_volume_ptr=of_volume, ranges_ptr=ranges,
             R=R, S=S, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
-        _depth_in_range_kernel[(triton.cdiv(R, BLOCK_R),)](
+        _depth_in_range_kernel[(cdiv(R, BLOCK_R),)](
             depth_ptr=depth, volume_idx_ptr=volume_idx, hit_ptr=hit, ranges_ptr=ranges, out_ptr=out, slope_ptr=slope,
             R=R, scale=scale, BLOCK=BLOCK_R,
         )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Batch normalization over rows, residual and ReLU in one op, for training: two launches forward, two backward; one
-forward after a convolution that computed the moments of its output (`sparse_conv_moments`).
+"""Batch normalization over rows, residual and ReLU in one op, for training: two launches forward, two backward. Between
+convolutions (kernels/sparse_layers.py), which compute the sums over the rows, it is one launch each.
 
     x^ = (x - mean) inv_std,  inv_std = (var + eps)^-1/2          mean, var over the N rows, by channel
     out = relu(w x^ + b + residual)
@@ -25,7 +25,6 @@ from unipad.kernels.backend import cdiv, jit, on_triton, tl, triton, without_aut
 def norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None,
     running: tuple[Tensor, Tensor, Tensor] | None = None, momentum: float = 0.1,
-    moments: tuple[Tensor, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """relu(batch_norm(x) + residual), with the statistics of x.
 
@@ -37,7 +36,6 @@ def norm_relu(
         running:      mean [C], unbiased variance [C] and number of batches [] int64, which are updated in place as in
                       `nn.BatchNorm1d`; unchanged if there are no rows. None: there are none.
         momentum:     share of this batch in the running mean and variance.
-        moments:      of `sparse_conv_moments`, if it computed x: then no launch reads x for its statistics.
 
     Returns:
         [N, C] in the type of x, computed in fp32 (fp64 for fp64) and rounded once. A single row gives
@@ -49,12 +47,12 @@ def norm_relu(
     _check(x, weight, bias, residual, running)
     if x.dtype == torch.float64 or not on_triton(x) or torch.compiler.is_compiling():
         return norm_relu_ref(x, weight, bias, eps, residual, running, momentum)
-    return NormReLU.apply(x, weight, bias, residual, running, eps, momentum, moments)
+    return NormReLU.apply(x, weight, bias, residual, running, eps, momentum)
 
 
 @without_autocast
-def norm_relu_ref(x, weight, bias, eps, residual=None, running=None, momentum=0.1, moments=None):
-    """`norm_relu` in plain PyTorch; ignores `moments`."""
+def norm_relu_ref(x, weight, bias, eps, residual=None, running=None, momentum=0.1):
+    """`norm_relu` in plain PyTorch."""
     _check(x, weight, bias, residual, running)
     wide, N = x.to(torch.promote_types(x.dtype, torch.float32)), len(x)
     mean = wide.sum(dim=0) / max(N, 1)
@@ -76,6 +74,11 @@ def _check(x, weight, bias, residual, running):
     assert weight.shape == bias.shape == (C,), f"weight and bias are [{C}], not {[*weight.shape]} and {[*bias.shape]}"
     same = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     assert same, f"the residual is {[*x.shape]} {x.dtype}, not {residual is not None and [*residual.shape]}"
+    check_running(running, C)
+
+
+def check_running(running, C):
+    """Raises AssertionError unless they are running statistics of C channels, or None."""
     if running is not None:
         mean, variance, batches = running
         fits = mean.shape == variance.shape == (C,) and not batches.shape and batches.dtype == torch.int64
@@ -85,47 +88,64 @@ def _check(x, weight, bias, residual, running):
 
 class NormReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, running, eps, momentum, moments):
-        (N, C), x, out = x.shape, x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        weight, bias = weight.contiguous(), bias.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        ctx.has_residual, statistics = residual is not None, x.new_empty(2, C, dtype=torch.float32)
-        if out.numel():
-            moments, R = moments or _moments(x)
-            mean, variance, batches = running or (None, None, None)
-            block_n, block_c = _blocks(C)
-            _norm_relu_fwd_kernel[(cdiv(N, block_n), cdiv(C, block_c))](
-                x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, moments_ptr=moments, out_ptr=out,
-                statistics_ptr=statistics, running_mean_ptr=mean, running_var_ptr=variance, batches_ptr=batches,
-                N=N, C=C, P=len(moments), R=R, EPS=eps, MOMENTUM=momentum,
-                BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
-            )  # fmt: skip
-            if running is not None:
-                torch.autograd.graph.increment_version(running)  # autograd does not see what kernels write
+    def forward(ctx, x, weight, bias, residual, running, eps, momentum):
+        x = x.contiguous()
+        out, statistics = norm_relu_fwd(x, weight, bias, eps, residual, running, momentum)
+        ctx.has_residual = residual is not None
         ctx.save_for_backward(x, out, weight, statistics)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        x, out, weight, statistics = ctx.saved_tensors
-        (N, C), d_out = x.shape, d_out.contiguous()
-        d_x, d_residual = torch.empty_like(x), torch.empty_like(x) if ctx.has_residual else None
-        if not out.numel():
-            return d_x, torch.zeros_like(weight), torch.zeros_like(weight), d_residual, None, None, None, None
-        d_weight, d_bias = (torch.empty_like(weight) for _ in range(2))
-        (block_n, block_c), R = _blocks(C), _part_rows(N, C)
-        sums = x.new_empty(cdiv(N, R), 2, C, dtype=torch.float32)
-        _norm_relu_sums_kernel[(len(sums), cdiv(C, block_c))](
-            d_out_ptr=d_out, out_ptr=out, x_ptr=x, statistics_ptr=statistics, sums_ptr=sums,
-            N=N, C=C, R=R, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
-        )  # fmt: skip
-        _norm_relu_bwd_kernel[(cdiv(N, block_n), cdiv(C, block_c))](
-            d_out_ptr=d_out, out_ptr=out, x_ptr=x, weight_ptr=weight, statistics_ptr=statistics, sums_ptr=sums,
-            d_x_ptr=d_x, d_residual_ptr=d_residual, d_weight_ptr=d_weight, d_bias_ptr=d_bias,
-            N=N, C=C, P=len(sums), BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
-        )  # fmt: skip
-        return d_x, d_weight, d_bias, d_residual, None, None, None, None
+        d_x, d_weight, d_bias, d_residual = norm_relu_bwd(d_out, *ctx.saved_tensors, ctx.has_residual)
+        return d_x, d_weight, d_bias, d_residual, None, None, None
+
+
+def norm_relu_fwd(x, weight, bias, eps, residual, running, momentum, moments=None, dtype=None):
+    """(`norm_relu` of a contiguous x, statistics [2, C] fp32: mean and inv_std).
+
+    moments: ([P, 2, C] fp32, R): the mean of each of P parts of R rows of x and the sum of squares around it; the last
+             parts may have fewer rows. None: a launch computes them.
+    dtype:   of the result; None: that of x.
+    """
+    (N, C), out = x.shape, torch.empty_like(x, dtype=dtype)
+    statistics = x.new_empty(2, C, dtype=torch.float32)
+    if not out.numel():
+        return out, statistics
+    moments, R = moments or _moments(x)
+    mean, variance, batches = running or (None, None, None)
+    block_n, block_c = _blocks(C)
+    _norm_relu_fwd_kernel[(cdiv(N, block_n), cdiv(C, block_c))](
+        x_ptr=x, residual_ptr=None if residual is None else residual.contiguous(),
+        weight_ptr=weight.contiguous(), bias_ptr=bias.contiguous(), moments_ptr=moments, out_ptr=out,
+        statistics_ptr=statistics, running_mean_ptr=mean, running_var_ptr=variance, batches_ptr=batches,
+        N=N, C=C, P=moments.shape[0], R=R, EPS=eps, MOMENTUM=momentum,
+        BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
+    )  # fmt: skip
+    if running is not None:
+        torch.autograd.graph.increment_version(running)  # autograd does not see what kernels write
+    return out, statistics
+
+
+def norm_relu_bwd(d_out, x, out, weight, statistics, has_residual, sums=None):
+    """Gradients w.r.t. x, weight, bias and, with `has_residual`, the residual; x and out are contiguous.
+
+    sums: [P, 2, C] fp32, the sums of g and of g x^ over each of P parts of the rows. None: a launch computes them.
+    """
+    (N, C), d_out = x.shape, d_out.contiguous()
+    d_x, d_residual = torch.empty_like(x), torch.empty_like(x) if has_residual else None
+    if not out.numel():
+        return d_x, torch.zeros_like(weight), torch.zeros_like(weight), d_residual
+    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
+    sums = _sums(d_out, x, out, statistics) if sums is None else sums
+    block_n, block_c = _blocks(C)
+    _norm_relu_bwd_kernel[(cdiv(N, block_n), cdiv(C, block_c))](
+        d_out_ptr=d_out, out_ptr=out, x_ptr=x, weight_ptr=weight.contiguous(), statistics_ptr=statistics, sums_ptr=sums,
+        d_x_ptr=d_x, d_residual_ptr=d_residual, d_weight_ptr=d_weight, d_bias_ptr=d_bias,
+        N=N, C=C, P=sums.shape[0], BLOCK_P=BLOCK_P, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
+    )  # fmt: skip
+    return d_x, d_weight, d_bias, d_residual
 
 
 # Untuned, for memory bandwidth: 16 bytes per thread and load in half precision, 32 values per thread
@@ -133,7 +153,7 @@ ELEMENTS = 4096  # rows x channels of a block
 MAX_BLOCK_C = 64  # channels of a block, whose rows are then 128 consecutive bytes in half precision
 WARPS = 4
 MAX_PARTS = 128  # about as many programs as a GPU has multiprocessors; every program of the next launch reads all parts
-MAX_TILES = 1024  # parts at most if they are a convolution's tiles: with more, reading x again costs less
+MAX_TILES = 1024  # parts at most if they are a convolution's tiles: with more, reading the rows again costs less
 BLOCK_P = 32  # parts that a program merges at once
 
 
@@ -158,6 +178,17 @@ def _moments(x):
         x_ptr=x, moments_ptr=moments, N=N, C=C, R=R, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS
     )  # fmt: skip
     return moments, R
+
+
+def _sums(d_out, x, out, statistics):
+    """[P, 2, C] fp32, the sums of g and of g x^ over each part of the rows."""
+    (N, C), (block_n, block_c), R = x.shape, _blocks(x.shape[1]), _part_rows(*x.shape)
+    sums = x.new_empty(cdiv(N, R), 2, C, dtype=torch.float32)
+    _norm_relu_sums_kernel[(len(sums), cdiv(C, block_c))](
+        d_out_ptr=d_out, out_ptr=out, x_ptr=x, statistics_ptr=statistics, sums_ptr=sums,
+        N=N, C=C, R=R, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=WARPS,
+    )  # fmt: skip
+    return sums
 
 
 @jit(varying=("N", "R"))
@@ -253,9 +284,8 @@ def _norm_relu_fwd_kernel(
 
 
 @triton.jit
-def _gradient(d_out_ptr, out_ptr, x_ptr, at, ok, mean, inv_std):
+def masked_gradient(d_out, out_ptr, x_ptr, at, ok, mean, inv_std):
     """g and x^ of a block, fp32; 0 where not ok."""
-    d_out = tl.load(d_out_ptr + at, mask=ok, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + at, mask=ok, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
     # `<=` is False for NaN, which then passes, as in PyTorch
@@ -278,7 +308,9 @@ def _norm_relu_sums_kernel(
     sum_g, sum_gx = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for _ in range(R // BLOCK_N):
         ok = (n < end)[:, None] & (c < C)[None, :]
-        g, x = _gradient(d_out_ptr, out_ptr, x_ptr, n[:, None] * C + c[None, :], ok, mean, inv_std)
+        at = n[:, None] * C + c[None, :]
+        d_out = tl.load(d_out_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        g, x = masked_gradient(d_out, out_ptr, x_ptr, at, ok, mean, inv_std)
         sum_g += tl.sum(g, axis=0)
         sum_gx += tl.sum(g * x, axis=0)
         n += BLOCK_N
@@ -311,7 +343,8 @@ def _norm_relu_bwd_kernel(
     inv_std = tl.load(statistics_ptr + C + c, mask=c < C, other=0.0)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     at, ok = n[:, None] * C + c[None, :], (n < N)[:, None] & (c < C)[None, :]
-    g, x = _gradient(d_out_ptr, out_ptr, x_ptr, at, ok, mean, inv_std)
+    d_out = tl.load(d_out_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    g, x = masked_gradient(d_out, out_ptr, x_ptr, at, ok, mean, inv_std)
     if d_residual_ptr is not None:
         tl.store(d_residual_ptr + at, g.to(d_residual_ptr.dtype.element_ty), mask=ok)
     d_x = (g - (d_bias / N)[None, :] - x * (d_weight / N)[None, :]) * (inv_std * weight)[None, :]

@@ -23,12 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import cdiv, jit, on_triton, tl, triton
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import interval_alpha, sigmoid
 
 
-@torch.no_grad()
 def clip_rays(
     origins: Tensor, directions: Tensor, low: Sequence[float], high: Sequence[float], near: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +56,7 @@ def clip_rays(
     enter, leave = origins.new_empty(R), origins.new_empty(R)
     hit = origins.new_empty(R, dtype=torch.bool)
     if R:
-        _clip_rays_kernel[(triton.cdiv(R, BLOCK),)](
+        _clip_rays_kernel[(cdiv(R, BLOCK),)](
             origins_ptr=origins.contiguous(), directions_ptr=directions.contiguous(),
             enter_ptr=enter, leave_ptr=leave, hit_ptr=hit,
             R=R, low_x=float(low[0]), low_y=float(low[1]), low_z=float(low[2]),
@@ -79,7 +78,6 @@ def clip_rays_ref(origins, directions, low, high, near):
     return torch.where(hit, enter, near), torch.where(hit, leave, near + 1), hit
 
 
-@torch.no_grad()
 def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = None) -> Tensor:
     """Edges of S intervals that divide [near, far] evenly.
 
@@ -104,7 +102,7 @@ def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = 
         return stratified_edges_ref(near, far, S, jitter)
     edges = near.new_empty(R, S + 1)
     if R:
-        _stratified_edges_kernel[(triton.cdiv(edges.numel(), BLOCK),)](
+        _stratified_edges_kernel[(cdiv(edges.numel(), BLOCK),)](
             near_ptr=near.contiguous(), far_ptr=far.contiguous(),
             jitter_ptr=near if jitter is None else jitter.contiguous(), edges_ptr=edges,
             R=R, S=S, JITTER=jitter is not None, BLOCK=BLOCK,
@@ -124,7 +122,6 @@ def stratified_edges_ref(near, far, S, jitter=None):
     return near[:, None] + x * (far - near)[:, None]
 
 
-@torch.no_grad()
 def sample_pdf(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
     """Draw n samples by inverse transform sampling from a density that is constant on each interval.
 
@@ -167,7 +164,6 @@ def sample_pdf_ref(edges, weights, n, jitter=None):
     return torch.minimum(low + t * (high - low), high)  # rounding must not move a sample past its interval
 
 
-@torch.no_grad()
 def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two edge lists of the same rays by start; among equal starts, old ones come first.
 
@@ -190,7 +186,7 @@ def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
     merged, order = edges.new_empty(R, S + n + 1), edges.new_empty(R, S + n, dtype=torch.int64)
     if R:
         block_r, block_n = _tile(n)
-        _merge_kernel[(triton.cdiv(R, block_r),)](
+        _merge_kernel[(cdiv(R, block_r),)](
             edges_ptr=edges.contiguous(), new_edges_ptr=new_edges.contiguous(), merged_ptr=merged, order_idx_ptr=order,
             R=R, S=S, N=n, BLOCK_R=block_r, BLOCK_N=block_n,
         )  # fmt: skip
@@ -205,7 +201,6 @@ def merge_ref(edges, new_edges):
     return torch.cat([starts, last], dim=1), order
 
 
-@torch.no_grad()
 def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
     """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch; same arguments."""
     _check(edges, weights, n, jitter)
@@ -220,7 +215,6 @@ def resample_ref(edges, weights, n, jitter=None):
     return merge_ref(edges, sample_pdf_ref(edges, weights, n, jitter))[0]
 
 
-@torch.no_grad()
 def neus_resample(edges: Tensor, sdf: Tensor, inv_s: float, n: int, jitter: Tensor | None = None) -> Tensor:
     """`resample` by NeuS's weights, in one launch: those of `composite` for the opacities of `interval_alpha`.
 
@@ -268,7 +262,7 @@ def _resample(edges, weights, n, jitter, MERGE=True, NEUS=False, inv_s=0.0):
     if R:
         jitter = edges.new_full((R,), 0.5) if jitter is None else jitter.contiguous()
         block_r, block_n = _tile(n)
-        _resample_kernel[(triton.cdiv(R, block_r),)](
+        _resample_kernel[(cdiv(R, block_r),)](
             edges_ptr=edges.contiguous(), weights_ptr=weights.contiguous(), jitter_ptr=jitter, out_ptr=out,
             R=R, S=S, N=n, inv_s=inv_s, MERGE=MERGE, NEUS=NEUS, BLOCK_R=block_r, BLOCK_N=block_n,
         )  # fmt: skip

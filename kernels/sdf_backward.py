@@ -28,7 +28,7 @@ Sizes as in `sdf_render`.
 
 import torch
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import cdiv, jit, multiprocessors, on_triton, tl, triton
 from unipad.kernels.cell_sum import cell_of, cell_sum
 from unipad.kernels.sdf_alpha import clip_to_1
 from unipad.kernels.sdf_field import (
@@ -65,7 +65,6 @@ from unipad.kernels.sdf_gather import (
 )
 from unipad.kernels.sdf_weights import (
     flatten,
-    from_first_order,
     linear,
     linear_bwd_input,
     linear_bwd_weight,
@@ -76,7 +75,9 @@ from unipad.kernels.sdf_weights import (
 
 
 def render_bwd(saved, upstream, options):
-    """Gradients w.r.t. the volume, both packed MLPs and `density_param`.
+    """Gradients w.r.t. the volume, `density_param`, and both packed MLPs in the first order of sdf_weights.py.
+
+    There must be a ray.
 
     saved:    inputs of the forward kernel and its outputs except `rgb`, by name of the kernel argument.
     upstream: gradients w.r.t. the outputs of `sdf_render`, also by name of the kernel argument.
@@ -84,8 +85,6 @@ def render_bwd(saved, upstream, options):
     """
     volume, sdf_mlp, rgb_w, edges = (saved[f"{name}_ptr"] for name in ("volume", "sdf_mlp", "rgb_w", "edges"))
     R, S, C, H = len(edges), edges.shape[1] - 1, options["C"], options["H"]
-    if not R:
-        return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_w, saved["density_param_ptr"])]
     _, Z, Y, X, CHANNELS = volume.shape
     options = options | dict(Z=Z, Y=Y, X=X, CHANNELS=CHANNELS) | tile_launch(options, "BLOCK_S", BLOCK_S)
     # scatter: add to the volume's gradient atomically, which strict determinism forbids
@@ -95,19 +94,19 @@ def render_bwd(saved, upstream, options):
     d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
     d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
 
-    programs = programs_for(R, volume, options["num_warps"])
-    d_rgb_mlp, d_density_param = volume.new_zeros(programs, *rgb_w.shape[-2:]), volume.new_empty(programs)
+    programs = programs_for(R, multiprocessors(volume), options["num_warps"])
+    d_rgb_w = volume.new_zeros(programs, *rgb_w.shape[1:]) if has_rgb else rgb_w
+    d_density_param = volume.new_empty(programs)
     _sdf_render_bwd_rgb_kernel[(programs,)](
         **saved, **{name: t.contiguous() for name, t in upstream.items()},
         d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
-        d_rgb_w_ptr=d_rgb_mlp, d_density_param_ptr=d_density_param, R=R, S=S, **options,
+        d_rgb_w_ptr=d_rgb_w, d_density_param_ptr=d_density_param, R=R, S=S, **options,
     )  # fmt: skip
-    d_rgb_mlp = d_rgb_mlp.sum(0)  # summed now, to free the programs' sums before the next are allocated
-    if has_rgb:
-        d_rgb_mlp = from_first_order(d_rgb_mlp, options["RGB_LAYERS"], H, COLORS.value)
+    if has_rgb:  # summed now, to free the programs' sums before the next are allocated
+        d_rgb_w = d_rgb_w.sum(0)
 
-    programs = programs_for(R * triton.cdiv(S, options["BLOCK_S"]), volume, options["num_warps"])
-    d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
+    programs = programs_for(R * cdiv(S, options["BLOCK_S"]), multiprocessors(volume), options["num_warps"])
+    d_volume, d_sdf_w = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
     scratch = volume.new_empty(programs, 2 * (options["SDF_LAYERS"] - 2), options["BLOCK_S"] * H)
     feature_hat = volume.new_empty(0 if scatter else R * S, C)
     cell = torch.empty(len(feature_hat), dtype=torch.int32, device=volume.device)
@@ -117,7 +116,7 @@ def render_bwd(saved, upstream, options):
         cells_per_unit_ptr=saved["cells_per_unit_ptr"], cell_offset_ptr=saved["cell_offset_ptr"],
         sdf_mlp_ptr=sdf_mlp, sdf_w_ptr=saved["sdf_w_ptr"],
         d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
-        d_sdf_w_ptr=d_sdf_mlp, d_volume_ptr=d_volume, scratch_ptr=scratch,
+        d_sdf_w_ptr=d_sdf_w, d_volume_ptr=d_volume, scratch_ptr=scratch,
         feature_hat_ptr=feature_hat, cell_idx_ptr=cell, R=R, S=S, **options, SCATTER=scatter,
     )  # fmt: skip
     if not scatter:
@@ -126,8 +125,7 @@ def render_bwd(saved, upstream, options):
             origins=saved["origins_ptr"], directions=saved["directions_ptr"], edges=edges,
             cells_per_unit=saved["cells_per_unit_ptr"], cell_offset=saved["cell_offset_ptr"],
         )  # fmt: skip
-    d_sdf_mlp = from_first_order(d_sdf_mlp.sum(0), options["SDF_LAYERS"], H, H)
-    return d_volume, d_sdf_mlp, d_rgb_mlp, d_density_param.sum(0, keepdim=True)
+    return d_volume, d_density_param.sum(0, keepdim=True), d_sdf_w.sum(0), d_rgb_w
 
 
 @triton.jit
@@ -156,14 +154,14 @@ def _sdf_render_bwd_rgb_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed, from `operands` x 2
+    sdf_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # `Packed`
     density_param_ptr,  # [1]
     depth_ptr, total_ptr,  # [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
     # upstream gradients: [R, 3], [R], [N], [N], [N, 3]
     up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
-    d_rgb_w_ptr, d_density_param_ptr,  # [programs, packed] zeros, in the first order of `operands`; [programs]
+    d_rgb_w_ptr, d_density_param_ptr,  # [programs, packed] zeros, in the first order; [programs]
     R, S,
     Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
@@ -289,7 +287,7 @@ def _sdf_render_bwd_sdf_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, edges_ptr,  # [R, 3] x 2, [R], [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr, sdf_w_ptr,  # packed, from `operands`
+    sdf_mlp_ptr, sdf_w_ptr,  # `Packed`
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_sdf_w_ptr, d_volume_ptr,  # [programs, packed] zeros, in the first order; [B, Z, Y, X, CHANNELS] zeros
     scratch_ptr,  # [programs, SDF_LAYERS - 2, 2, M * H] scratch: x_l and x._l, flattened
@@ -321,7 +319,6 @@ def _sdf_render_bwd_sdf_kernel(
         )  # along: f.
         d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)
         # the last layer's row of the distance, behind all other rows; of the columns of E only that of the bias is used
-        add_row(d_w_ptr, SECOND - STRIDE + H, tl.sum(d_sdf[:, None] * feature + along, axis=0))
         bias_ptr = d_w_ptr + (SECOND - STRIDE + E + 3)
         tl.store(bias_ptr, tl.load(bias_ptr) + tl.sum(d_sdf, axis=0))
 
@@ -344,6 +341,8 @@ def _sdf_render_bwd_sdf_kernel(
             x_dot = softplus_grads(x)[0] * z_dot
         tl.debug_barrier()  # with several warps, other threads may read the scratch
 
+        # the columns of the feature in the row of the distance; written before the layers, they cost more registers
+        add_row(d_w_ptr, SECOND - STRIDE + H, tl.sum(d_sdf[:, None] * feature + along, axis=0))
         # the last layer: row 0 is of the distance, the others are of the geometry
         add_row(d_w_ptr, SECOND - STRIDE, tl.sum(d_sdf[:, None] * x + x_dot, axis=0))
         d_x = d_sdf[:, None] * load_row(sdf_mlp_ptr, LAST, H)  # x-

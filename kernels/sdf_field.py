@@ -23,9 +23,9 @@ the same padded, H hidden units (padded), LAYERS of the MLP. PREC: input precisi
 
 import torch
 
-from unipad.kernels.backend import multiprocessors, tl, triton
+from unipad.kernels.backend import cdiv, tl, triton
 from unipad.kernels.sdf_alpha import sigmoid
-from unipad.kernels.sdf_weights import linear, linear_bwd_input, operand
+from unipad.kernels.sdf_weights import linear, linear_bwd_input, operand, operand_row
 
 COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding up to the minimum of tl.dot
 INPUTS = tl.constexpr(16)  # columns of E, with padding
@@ -46,20 +46,26 @@ def precision(exact):
 # Launch parameters; untuned: on a GPU, no others were timed
 BLOCK_S = 16  # samples per tile: the rows of a matrix instruction of one warp; for one warp, more would spill registers
 SEARCH_BLOCK = 32  # ... in `sdf_values`, which keeps less in registers
-MAX_NARROW = 32  # fields with more channels or hidden units ("wide") use more warps
-WIDE_WARPS = 4
+MAX_NARROW = tl.constexpr(32)  # fields with more channels or hidden units ("wide") use more warps
+# With 4, the distance's backward would need less stack, 104 bytes instead of 200 (tf32, sm_90), but all warps of the
+# forward would compute the same
+WIDE_WARPS = 8
 PER_MULTIPROCESSOR = 8  # warps, of programs that sum gradients: as many as have room for 255 registers a thread
 
 
 def tile_launch(options, block_name, block):
     """Launch options for tiles of `block` samples. options: constexpr arguments; C and H are read."""
-    narrow = max(options["C"], options["H"]) <= MAX_NARROW
+    narrow = max(options["C"], options["H"]) <= MAX_NARROW.value
     return {block_name: block, "num_warps": 1 if narrow else WIDE_WARPS, "num_stages": 1}
 
 
-def programs_for(work, like, warps):
-    """Number of programs over which `work` tiles or rays are spread, on the GPU of tensor `like`."""
-    return min(work, PER_MULTIPROCESSOR // warps * multiprocessors(like))
+def programs_for(work, multiprocessors, warps):
+    """Number of programs, of as many warps, over which `work` tiles or rays, at least one, are spread.
+
+    The fewest of which none has more than its share of what the GPU can run at once: each has sums of gradients.
+    """
+    share = cdiv(work, PER_MULTIPROCESSOR // warps * multiprocessors)
+    return cdiv(work, share)
 
 
 @triton.jit
@@ -145,7 +151,7 @@ def softplus_grads(x):
 def sdf_hidden(
     point, feature, mlp_ptr, w_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """x_1 to x_{LAYERS - 1}, [M, H] each. feature: an `operand`; mlp_ptr: packed; w_ptr: from `operands`."""
+    """x_1 to x_{LAYERS - 1}, [M, H] each. feature: an `operand`; mlp_ptr, w_ptr: `Packed`'s sdf and sdf_w."""
     STRIDE: tl.constexpr = C + H + INPUTS
     E: tl.constexpr = C + H + POINT
     z = load_row(mlp_ptr, E + 3, H, STRIDE) + point_product(point, mlp_ptr, E, H, STRIDE)
@@ -237,10 +243,25 @@ def _rgb_conditions(
 def color_of(
     x, e, feature, geo, w_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """The color [M, COLORS] in [0, 1], from the last layer's input x; columns from 3 on are padding (0.5)."""
+    """The color [M, COLORS] in [0, 1], from the last layer's input x; columns from 3 on are padding (0.5).
+
+    In wide fields without products of matrices: for a result as wide as it has rows, Triton would give all columns to
+    each warp, in all layers, since one layout serves all products.
+    """
     LAST: tl.constexpr = (LAYERS - 1) * H * (C + 2 * H + INPUTS)
-    z = _rgb_conditions(e, feature, geo, w_ptr, LAST, COLORS, C, H, PREC)
-    return 1.0 / (1.0 + tl.exp(-linear(operand(x, PREC), w_ptr, LAST, z, COLORS, PREC)))
+    if C > MAX_NARROW or H > MAX_NARROW:
+        x, channel = operand(x, PREC), tl.arange(0, COLORS)[None, :]
+        z = tl.zeros((x.shape[0], COLORS), tl.float32)
+        for n in tl.static_range(3):
+            own = x * operand_row(w_ptr, LAST, n, H) + geo * operand_row(w_ptr, LAST + (H + C) * COLORS, n, H)
+            own = tl.sum(own, axis=1)
+            own += tl.sum(feature * operand_row(w_ptr, LAST + H * COLORS, n, C), axis=1)
+            own += tl.sum(e * operand_row(w_ptr, LAST + (2 * H + C) * COLORS, n, INPUTS), axis=1)
+            z = tl.where(channel == n, own[:, None], z)
+    else:
+        z = _rgb_conditions(e, feature, geo, w_ptr, LAST, COLORS, C, H, PREC)
+        z = linear(operand(x, PREC), w_ptr, LAST, z, COLORS, PREC)
+    return 1.0 / (1.0 + tl.exp(-z))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Samples of `sdf_render` on their rays and in the volume: device functions.
+"""Samples of `sdf_render` and `ray_features` on their rays and in the volume: device functions.
 
 A sample is interpolated between the 8 voxels around it, corners k = 0 to 7: bits 0, 1 and 2 of k are 1 at the upper
 end along x, y and z. Corner k's weight is the product of one share per axis, with u the grid coordinate:
@@ -9,7 +9,8 @@ Addresses are computed once per sample: corners have constant offsets from the f
 in the volume. A share whose voxel is not the one that it would have without clamping, or that does not exist, is 0. So
 no access needs a mask. Beyond its first and last voxel centers, by up to one cell, the volume fades to 0.
 
-A volume has less than 2^31 voxels (checked in `sdf_render`). Sizes as in `sdf_field`; the volume's are constants.
+A volume has less than 2^31 voxels (checked in `sdf_render` and `ray_features`). Sizes as in `sdf_field`; the volume's
+are constants.
 """
 
 from unipad.kernels.backend import tl, triton

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
+from unipad.kernels.backend import cdiv, jit, on_triton, tl, without_autocast
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import clip_to_1, neus_alpha_ref, volsdf_alpha_ref
 from unipad.kernels.sdf_backward import render_bwd
@@ -46,9 +46,9 @@ from unipad.kernels.sdf_gather import (
     sample_at,
     store3,
 )
-from unipad.kernels.sdf_pack import pack, pack_ref
+from unipad.kernels.sdf_pack import Packed, pack, pack_bwd
 from unipad.kernels.sdf_reference import field_ref, values_ref
-from unipad.kernels.sdf_weights import operand, operands
+from unipad.kernels.sdf_weights import operand
 
 METHODS = ("neus", "volsdf")
 WIDTH_RANGE, LAYERS_RANGE = (16, 64), (2, 8)  # (smallest, largest): channels and hidden units, layers of an MLP
@@ -66,7 +66,7 @@ def kernels_support(
 def sdf_render(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor, Tensor], edges: Tensor,
     mlps: tuple[Sequence[Tensor], Sequence[Tensor] | None], density_param: Tensor, cells: tuple[Tensor, Tensor],
-    method: str, exact: bool = False, stop: float = 0.0,
+    method: str, exact: bool = False, stop: float = 0.0, packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Render rays to color and depth.
 
@@ -87,6 +87,7 @@ def sdf_render(
                 the first tile behind which it needs no more. `weights`, `sdf` and `gradient` of the samples behind are
                 0; `rgb` is off by less than `stop`, `depth` by less than `stop` times the ray's length. 0: off; above 0
                 only under `no_grad`.
+        packed: what `pack` returns for `mlps` and `exact`, to pack once for several calls; None: packed in this one.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.
@@ -98,27 +99,32 @@ def sdf_render(
     Differentiable once, through every output, w.r.t. `volume`, the MLPs and `density_param`. fp32. The host never waits
     for the device. Kernels add atomically to the gradient of `volume`, so its last bits vary from run to run; under
     `torch.use_deterministic_algorithms(True)` samples are sorted by cell and summed instead. Raises AssertionError if
-    shapes do not match, `kernels_support` is False for the field, or `stop` is above 0 with gradients enabled.
+    shapes do not match, `packed` is of other sizes or another `exact`, `kernels_support` is False for the field, or
+    `stop` is above 0 with gradients enabled.
     """
     _check(volume, rays, edges, mlps, density_param, cells, method)
     assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
     if not on_triton(volume):
         return sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method)
-    # without rays nothing is launched
-    (sdf_mlp, rgb_mlp), sizes = _pack(volume, mlps, pack if len(edges) else pack_ref)
+    if packed is not None:
+        packed.check(*mlps, volume.shape[4], exact)
+    elif len(edges):  # without rays nothing is launched
+        packed = pack(*mlps, volume.shape[4], exact)
     (origins, directions, volume_idx, hit), (cells_per_unit, cell_offset) = rays, cells
     ray_tensors = dict(
         origins_ptr=origins, directions_ptr=directions, volume_idx_ptr=volume_idx, hit_ptr=hit, edges_ptr=edges,
         cells_per_unit_ptr=cells_per_unit, cell_offset_ptr=cell_offset,
     )  # fmt: skip
     ray_tensors = {name: tensor.contiguous() for name, tensor in ray_tensors.items()}
-    options = dict(NEUS=method == "neus", PREC=precision(exact), **sizes)
-    return SdfRender.apply(volume.contiguous(), sdf_mlp, rgb_mlp, density_param, ray_tensors, options, float(stop))
+    (sdf_mlp, rgb_mlp), options = mlps, dict(NEUS=method == "neus", PREC=precision(exact), **_sizes(volume, mlps))
+    return SdfRender.apply(
+        volume.contiguous(), density_param, packed, ray_tensors, options, float(stop), *sdf_mlp, *(rgb_mlp or ())
+    )
 
 
 @without_autocast
-def sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method, exact=False, stop=0.0):
-    """`sdf_render` in plain PyTorch, for any field and in fp64 too; ignores `exact` and `stop`."""
+def sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method, exact=False, stop=0.0, packed=None):
+    """`sdf_render` in plain PyTorch, for any field and in fp64 too; ignores `exact`, `stop` and `packed`."""
     (origins, directions, volume_idx, hit), edges = (t.detach() for t in rays), edges.detach()
     cells = [t.detach() for t in cells]
     starts, deltas = edges[:, :-1], edges.diff(dim=1)
@@ -132,39 +138,42 @@ def sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method, exac
     return out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10), weights, sdf, gradient
 
 
-@torch.no_grad()
 def sdf_values(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
-    cells: tuple[Tensor, Tensor], exact: bool = False,
+    cells: tuple[Tensor, Tensor], exact: bool = False, packed: Packed | None = None,
 ) -> Tensor:  # fmt: skip
     """Signed distance [R, S] at `starts` [R, S] along the rays; arguments as for `sdf_render`, `rays` without `hit`.
 
-    Not differentiable: used to search for the surface along rays. Raises AssertionError if shapes do not match.
+    Not differentiable: used to search for the surface along rays. packed: with or without a color MLP. Raises
+    AssertionError if shapes do not match, or `packed` is of other sizes or another `exact`.
     """
     _check_field(volume, rays, starts, sdf_mlp, cells)
     if not on_triton(volume):
         return sdf_values_ref(volume, rays, starts, sdf_mlp, cells)
     origins, directions, volume_idx = rays
-    (R, S), PREC = starts.shape, precision(exact)
+    R, S = starts.shape
     sdf = starts.new_empty(R, S)
     if sdf.numel():
-        (mlp, _), sizes = _pack(volume, (sdf_mlp, None))
-        C, H, LAYERS = (sizes[name] for name in ("C", "H", "SDF_LAYERS"))
+        if packed is None:
+            packed = pack(sdf_mlp, None, volume.shape[4], exact)
+        else:
+            packed.check(sdf_mlp, None, volume.shape[4], exact)
+        sizes = _sizes(volume, (sdf_mlp, None))
         cells_per_unit, cell_offset = cells
         launch = tile_launch(sizes, "BLOCK_M", SEARCH_BLOCK)
-        _sdf_values_kernel[(triton.cdiv(R * S, launch["BLOCK_M"]),)](
+        _sdf_values_kernel[(cdiv(R * S, launch["BLOCK_M"]),)](
             volume_ptr=volume.contiguous(), origins_ptr=origins.contiguous(), directions_ptr=directions.contiguous(),
             volume_idx_ptr=volume_idx.contiguous(), starts_ptr=starts.contiguous(),
             cells_per_unit_ptr=cells_per_unit.contiguous(), cell_offset_ptr=cell_offset.contiguous(),
-            mlp_ptr=mlp, w_ptr=operands(mlp, LAYERS, H, H, PREC), sdf_ptr=sdf, R=R, S=S,
-            **_volume_sizes(volume), C=C, H=H, LAYERS=LAYERS, PREC=PREC, **launch,
+            mlp_ptr=packed.sdf, w_ptr=packed.sdf_w, sdf_ptr=sdf, R=R, S=S, **_volume_sizes(volume),
+            C=sizes["C"], H=sizes["H"], LAYERS=sizes["SDF_LAYERS"], PREC=precision(exact), **launch,
         )  # fmt: skip
     return sdf
 
 
 @without_autocast
 @torch.no_grad()
-def sdf_values_ref(volume, rays, starts, sdf_mlp, cells, exact=False):
+def sdf_values_ref(volume, rays, starts, sdf_mlp, cells, exact=False, packed=None):
     """`sdf_values` in plain PyTorch."""
     origins, directions, volume_idx = rays
     points = origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
@@ -186,11 +195,14 @@ def _check(volume, rays, edges, mlps, density_param, cells, method):
 def _check_field(volume, rays, starts, sdf_mlp, cells):
     (origins, directions, volume_idx, *_), R = rays, len(starts)
     fits = volume.dim() == 5 and origins.shape == directions.shape == (R, 3) and volume_idx.shape == (R,)
-    shapes = [tuple(t.shape) for t in (volume, origins, directions, volume_idx, starts)]
-    assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
+    assert fits and starts.dim() == 2, (
+        f"volume, origins, directions, volume_idx, distances of "
+        f"{_shapes(volume, origins, directions, volume_idx, starts)} do not match"
+    )
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
     # kernels number voxels and samples in int32, those that fill the last tile included
-    assert volume[..., 0].numel() < 2**31 and starts.numel() < 2**30, f"too many voxels or samples: {shapes}"
+    few = volume.shape[:4].numel() < 2**31 and starts.numel() < 2**30
+    assert few, f"too many voxels or samples: {_shapes(volume, starts)}"
     assert all(t.shape == (3,) for t in cells), (
         f"cells_per_unit and cell_offset are [3] each, not {[tuple(t.shape) for t in cells]}"
     )
@@ -198,12 +210,17 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
     assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
 
 
-def _pack(volume, mlps, packs=pack):
-    """Both packed MLPs (an empty tensor without a color MLP) and the kernels' sizes."""
-    (sdf, rgb), channels = mlps, volume.shape[4]
-    sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))  # sdf[0] is P [H, 3]
-    sizes |= dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
-    return packs(sdf, rgb, channels), sizes
+def _shapes(*tensors):
+    return [tuple(t.shape) for t in tensors]
+
+
+def _sizes(volume, mlps):
+    """Sizes of the field by name of the kernels' constants."""
+    sdf, rgb = mlps
+    return dict(
+        C=padded_width(volume.shape[4]), H=padded_width(len(sdf[0])),  # sdf[0] is P [H, 3]
+        SDF_LAYERS=len(sdf) // 4, RGB_LAYERS=0 if rgb is None else len(rgb) // 4,
+    )  # fmt: skip
 
 
 def _volume_sizes(volume):
@@ -213,45 +230,52 @@ def _volume_sizes(volume):
 
 class SdfRender(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, volume, sdf_mlp, rgb_mlp, density_param, ray_tensors, options, stop):
-        edges = ray_tensors["edges_ptr"]
+    def forward(ctx, volume, density_param, packed, ray_tensors, options, stop, *mlps):
+        ctx.options, edges = options, ray_tensors["edges_ptr"]
         R, S = len(edges), edges.shape[1] - 1
         rgb = edges.new_empty(R, 3) if options["RGB_LAYERS"] else edges.new_zeros(R, 3)
         new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all samples up to where it stops
-        H, LAYERS, RGB_LAYERS, PREC = (options[name] for name in ("H", "SDF_LAYERS", "RGB_LAYERS", "PREC"))
         saved = dict(
-            volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, density_param_ptr=density_param, **ray_tensors,
-            sdf_w_ptr=operands(sdf_mlp, LAYERS, H, H, PREC) if R else sdf_mlp,
-            rgb_w_ptr=operands(rgb_mlp, RGB_LAYERS, H, COLORS.value, PREC) if R and RGB_LAYERS else rgb_mlp,
+            volume_ptr=volume, density_param_ptr=density_param, **ray_tensors,
             depth_ptr=edges.new_empty(R), total_ptr=edges.new_empty(R),
             weights_ptr=new(R, S), trans_ptr=new(R, S), sdf_ptr=new(R, S), gradient_ptr=new(R, S, 3),
-            colors_ptr=edges.new_empty(R, S, 3 if RGB_LAYERS else 0),
+            colors_ptr=edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0),
         )  # fmt: skip
         if R:
+            saved |= dict(sdf_mlp_ptr=packed.sdf, sdf_w_ptr=packed.sdf_w, rgb_w_ptr=packed.rgb_w)
             _sdf_render_fwd_kernel[(R,)](
                 **saved, rgb_ptr=rgb, S=S, STOP=stop, **_volume_sizes(volume), **options,
                 **tile_launch(options, "BLOCK_S", BLOCK_S),
             )  # fmt: skip
-        ctx.options, ctx.names = options, tuple(saved)
-        ctx.save_for_backward(*saved.values())
+        ctx.names = tuple(saved)
+        ctx.save_for_backward(*saved.values(), *mlps)
         ctx.set_materialize_grads(False)
         return rgb, saved["depth_ptr"], saved["weights_ptr"], saved["sdf_ptr"], saved["gradient_ptr"]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_rgb, d_depth, d_weights, d_sdf, d_gradient):
-        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        upstream = dict(
-            up_rgb_ptr=d_rgb,
-            up_depth_ptr=d_depth,
-            up_weights_ptr=d_weights,
-            up_sdf_ptr=d_sdf,
-            up_gradient_ptr=d_gradient,
-        )
-        if any(up is None for up in upstream.values()):  # of outputs that no loss reads: they share the largest zeros
-            zeros = torch.zeros_like(saved["gradient_ptr"])
-            upstream = {name: zeros if up is None else up for name, up in upstream.items()}
-        return *render_bwd(saved, upstream, ctx.options), None, None, None
+        saved, options = ctx.saved_tensors, ctx.options
+        mlps, saved = saved[len(ctx.names) :], dict(zip(ctx.names, saved, strict=False))
+        volume, density_param = saved["volume_ptr"], saved["density_param_ptr"]
+        if not len(saved["edges_ptr"]):
+            d_volume, d_density_param, *d_mlps = (torch.zeros_like(t) for t in (volume, density_param, *mlps))
+        else:
+            upstream = dict(
+                up_rgb_ptr=d_rgb,
+                up_depth_ptr=d_depth,
+                up_weights_ptr=d_weights,
+                up_sdf_ptr=d_sdf,
+                up_gradient_ptr=d_gradient,
+            )
+            if any(up is None for up in upstream.values()):
+                # of outputs that no loss reads: they share the largest zeros
+                zeros = torch.zeros_like(saved["gradient_ptr"])
+                upstream = {name: zeros if up is None else up for name, up in upstream.items()}
+            d_volume, d_density_param, d_sdf_w, d_rgb_w = render_bwd(saved, upstream, options)
+            at = 2 + 4 * options["SDF_LAYERS"]  # where the color MLP begins
+            d_mlps = pack_bwd(mlps[:at], mlps[at:] or None, volume.shape[4], d_sdf_w, d_rgb_w)
+        return d_volume, d_density_param, None, None, None, None, *d_mlps
 
 
 @jit(varying=("R",))
@@ -259,7 +283,7 @@ def _sdf_values_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, starts_ptr,  # [R, 3] x 2, [R], [N]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    mlp_ptr, w_ptr,  # packed, from `operands`
+    mlp_ptr, w_ptr,  # `Packed`'s sdf and sdf_w
     sdf_ptr,  # [N]
     R, S,
     Z: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, CHANNELS: tl.constexpr,
@@ -283,7 +307,7 @@ def _sdf_render_fwd_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
     cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
-    sdf_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # packed, from `operands` x 2
+    sdf_mlp_ptr, sdf_w_ptr, rgb_w_ptr,  # `Packed`
     density_param_ptr,  # [1]
     rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]

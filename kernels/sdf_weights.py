@@ -2,14 +2,15 @@
 
 A packed MLP (sdf_pack.py) has a row per output unit, layer after layer: N rows (of output units n) and STRIDE
 columns (of inputs k) each. The matrix instructions of NVIDIA's GPUs spread an operand over the 32 threads of a warp.
-`operands` stores each layer so that a thread reads what it holds as four consecutive numbers, and no two threads have
-to exchange any. Bits of the index in a layer, the highest first (n0 is the lowest bit of n):
+`pack` stores each layer so that a thread reads what it holds as four consecutive numbers, and no two threads have to
+exchange any. Bits of the index in a layer, the highest first (n0 is the lowest bit of n):
 
     of W in x W^T   [columns of 8: k3...] [rows of 16: n4...] n2 n1 n0 k2 k1 n3 k0
     of W in d_z W   [columns of 8: k3...] [rows of 16: n4...] k2 k1 k0 n2 n1 n3 n0
 
 A layer's columns from k on, a multiple of 8, are thus one piece, which begins at k N. A product's result, stored in the
-first order, is one that threads can add to without an exchange either: the weights' gradient.
+first order, is one that threads can add to without an exchange either: the weights' gradient. Of the distance MLP,
+whose last layer has 1 + H rows, the first of them is stored behind all others, as it is, so that N is H there too.
 
 A thread holds columns 2 t and 2 t + 1 of a result but columns t and t + 4 of an operand, t = 0 to 3. Since the inputs
 of a product can be summed in any order, `operand` takes columns in the order 0 2 4 6 1 3 5 7, and the weights above
@@ -17,37 +18,15 @@ match it: so the result of a layer becomes the operand of the next one without a
 several warps, results are the same, but threads do exchange values.
 """
 
-import torch
-
-from unipad.kernels.backend import jit, tl, triton
-
-BLOCK = 1024  # weights per program of `_reorder_kernel`
+from unipad.kernels.backend import tl, triton
 
 
-def operands(packed, layers, H, last, PREC):
-    """The weights of a packed MLP [rows, STRIDE] in both orders: [2, rows, STRIDE].
-
-    Layers have H rows, the last one `last`. Of the distance MLP, whose last layer has 1 + H rows, the first of them is
-    moved behind all others, not reordered, so that `last` is H. Rounded to tf32 if PREC is "tf32". Not differentiable.
-    """
-    out = torch.empty(2, *packed.shape, dtype=packed.dtype, device=packed.device)
-    _reorder(packed, out, layers, H, last, PREC, False)
-    return out
-
-
-def from_first_order(gradient, layers, H, last):
-    """The packed gradient [rows, STRIDE], from one in the first order of `operands`."""
-    out = torch.empty_like(gradient)
-    _reorder(out, gradient, layers, H, last, "", True)
-    return out
-
-
-def _reorder(packed, ordered, layers, H, last, PREC, back):
-    rows, STRIDE = packed.shape
-    _reorder_kernel[(triton.cdiv(packed.numel(), BLOCK),)](
-        packed_ptr=packed, ordered_ptr=ordered, ROWS=rows, STRIDE=STRIDE, LAYERS=layers, H=H, LAST=last,
-        ROUND=PREC == "tf32", BACK=back, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+@triton.jit
+def places(n, k, N):
+    """Index in a layer of N rows of the weights in rows n and columns k, in the first order and in the second."""
+    piece = (k // 8 * (N // 16) + n // 16) * 128
+    n3 = n // 8 % 2 * 2
+    return piece + n % 8 * 16 + k // 2 % 4 * 4 + n3 + k % 2, piece + k % 8 * 16 + n // 2 % 4 * 4 + n3 + n % 2
 
 
 @triton.jit
@@ -78,8 +57,15 @@ def operand(x, PREC: tl.constexpr):
 
 
 @triton.jit
+def operand_row(ptr, AT: tl.constexpr, n: tl.constexpr, K: tl.constexpr):
+    """Row n, below 8, of columns at AT of a layer of 16 rows in the first order: [1, K] as in an `operand`."""
+    k = tl.arange(0, K)
+    return tl.load(ptr + (AT + n * 16 + k // 8 * 128 + k % 4 * 4 + k // 4 % 2))[None, :]
+
+
+@triton.jit
 def linear(x, ptr, AT: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
-    """out [M, N] + x [M, K] W^T. x: from `operand`; W: columns of a layer from `operands`, in the first order, at AT.
+    """out [M, N] + x [M, K] W^T. x: from `operand`; W: columns of a layer from `pack`, in the first order, at AT.
 
     AT is not added to ptr before the call, so that all loads share an address in a register, and AT is in the
     instruction. So it is wherever these files pass an offset.
@@ -92,7 +78,7 @@ def linear(x, ptr, AT: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
 
 @triton.jit
 def linear_bwd_input(d_z, ptr, AT: tl.constexpr, out, K: tl.constexpr, PREC: tl.constexpr):
-    """out [M, K] + d_z [M, N] W. d_z: from `operand`; W: as in `linear`, but in the second order of `operands`."""
+    """out [M, K] + d_z [M, N] W. d_z: from `operand`; W: as in `linear`, but in the second order."""
     N: tl.constexpr = d_z.shape[1]
     w = tl.reshape(tl.load(ptr + (AT + tl.arange(0, N * K))), (K // 8, N // 16, 8, 4, 2, 2))
     w = tl.reshape(tl.permute(w, (1, 4, 5, 3, 0, 2)), (N, K))
@@ -117,7 +103,7 @@ def unflatten(x, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def linear_bwd_weight(ptr, AT: tl.constexpr, d_z, x, tangent_d_z, tangent_x, PREC: tl.constexpr):
-    """Add d_z^T x, [N, M] x [M, K], to columns at AT of this program's own gradient, in the first order of `operands`.
+    """Add d_z^T x, [N, M] x [M, K], to columns at AT of this program's own gradient, in the first order.
 
     All factors are `rounded`, the first ones transposed. tangent_*: factors of a second product, or None.
     """
@@ -128,35 +114,3 @@ def linear_bwd_weight(ptr, AT: tl.constexpr, d_z, x, tangent_d_z, tangent_x, PRE
     if tangent_d_z is not None:
         out = tl.dot(tangent_d_z, tangent_x, out, input_precision=PREC)
     tl.store(ptr, flatten(out))
-
-
-@jit
-def _reorder_kernel(
-    packed_ptr, ordered_ptr,  # [ROWS, STRIDE], [2, ROWS, STRIDE] or, with BACK, [ROWS, STRIDE]
-    ROWS: tl.constexpr, STRIDE: tl.constexpr, LAYERS: tl.constexpr, H: tl.constexpr, LAST: tl.constexpr,
-    ROUND: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    EXTRA: tl.constexpr = ROWS - (LAYERS - 1) * H - LAST  # rows of the last layer that are moved: 1 or 0
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < ROWS * STRIDE
-    l = tl.minimum(i // (H * STRIDE), LAYERS - 1)
-    N = tl.where(l == LAYERS - 1, LAST, H)
-    j = i - l * H * STRIDE  # in the layer
-    group = j // 128  # of 8 columns and 16 rows
-    k, n = group // (N // 16) * 8, group % (N // 16) * 16 + j // 2 % 2 * 8
-    low, high, pair = j % 2, j // 4 % 4 * 2, j // 16 % 8  # bit 0 of one index and bits 1 and 2 of it, the other index
-    first_row = l * H + tl.where(l == LAYERS - 1, EXTRA, 0)
-    for order in tl.static_range(1 if BACK else 2):
-        if order == 0:
-            row, column = first_row + n + pair, k + high + low
-        else:
-            row, column = first_row + n + high + low, k + pair
-        moved = j >= N * STRIDE
-        row, column = tl.where(moved, (LAYERS - 1) * H, row), tl.where(moved, j - N * STRIDE, column)
-        packed = packed_ptr + row * STRIDE + column
-        ordered = ordered_ptr + order * ROWS * STRIDE + i
-        if BACK:
-            tl.store(packed, tl.load(ordered, mask=ok, other=0.0), mask=ok)
-        else:
-            w = tl.load(packed, mask=ok, other=0.0)
-            tl.store(ordered, to_tf32(w) if ROUND else w, mask=ok)

@@ -8,8 +8,6 @@ Submanifold, strided, inverse and transposed convolutions differ only in their t
 are in kernels/sparse_gemm.py, for a CPU in kernels/sparse_reference.py.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -57,30 +55,6 @@ def sparse_conv_ref(features, weight, neighbor_idx, inverse_idx, allow_tf32=Fals
     _check_inverse(features, neighbor_idx, inverse_idx)
     features = _check(features, weight, neighbor_idx, rounded)
     return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, rounded, reference=True)
-
-
-def sparse_conv_moments(
-    features: Tensor, weight: Tensor, neighbor_idx: Tensor | NeighborTable,
-    inverse_idx: Tensor | NeighborTable | None, allow_tf32: bool = False, rounded: Tensor | None = None,
-    again: bool = False,
-) -> tuple[Tensor, tuple[Tensor, int] | None, Tensor | None]:  # fmt: skip
-    """`sparse_conv` for training with a batch norm after it and a residual around it; not for compiled code.
-
-    Args as `sparse_conv`; again: return the features too.
-
-    Returns:
-        out:      [M, Cout], of `sparse_conv`.
-        moments:  ([P, 2, Cout] fp32, R) for `norm_relu`: the mean of each of P parts of R rows of `out` and the sum of
-                  squares around it, by channel; the last parts may have fewer rows. None where no kernel ran, or with
-                  too many parts.
-        features: unless `again`, None; else the features, cast under autocast. The gradient of what is computed from
-                  this output is added in the launch that computes the gradient of the features, and rounded with it.
-    """
-    _check_inverse(features, neighbor_idx, inverse_idx)
-    features = _check(features, weight, neighbor_idx, rounded)
-    rounded = weight.detach().to(features.dtype) if rounded is None else rounded
-    tables = NeighborTable.of(neighbor_idx), None if inverse_idx is None else NeighborTable.of(inverse_idx)
-    return SparseConvMoments.apply(features, weight, rounded, *tables, allow_tf32, _on_reference(features), again)
 
 
 def sparse_conv_act(
@@ -148,9 +122,9 @@ def _check_act(features, weight, neighbor_idx, scale, shift, residual):
     features, shape = _check(features, weight, neighbor_idx), (_tensor(neighbor_idx).shape[1], weight.shape[0])
     assert all(v is None or v.shape == shape[1:] for v in (scale, shift)), f"scale and shift are [{shape[1]}] each"
     assert residual is None or residual.shape == shape, f"{tuple(residual.shape)=}, not {shape}"
-    given = [t for t in (features, weight, scale, shift, residual) if t is not None]
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    assert not tracked, "sparse_conv_act has no gradient: use sparse_conv, or torch.no_grad()"
+    if torch.is_grad_enabled():
+        tracked = any(t is not None and t.requires_grad for t in (features, weight, scale, shift, residual))
+        assert not tracked, "sparse_conv_act has no gradient: use sparse_conv, or torch.no_grad()"
     return features, weight, neighbor_idx, scale, shift, None if residual is None else residual.to(features.dtype)
 
 
@@ -202,7 +176,8 @@ def _forward_act(
     flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     # if anything is empty, the reference runs: `gather_gemm` would return zeros, without shift and residual
     if not reference and min(*features.shape, *flat.shape, table.idx.shape[1]):
-        return gather_gemm(features, flat, table, allow_tf32, act=(scale, shift, residual, relu))
+        given = (None if t is None else t.contiguous() for t in (scale, shift, residual))
+        return gather_gemm(features, flat, table, allow_tf32, act=(*given, relu))
 
     def finish(out, rows):
         if scale is not None:
@@ -220,12 +195,10 @@ def _forward_act(
 def _backward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, d_out: Tensor,
     for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool, weight_dtype: torch.dtype,
-    d_again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients w.r.t. the features and the weights; empty where not needed.
 
     weight_dtype: of the gradient; `weight` may be rounded.
-    d_again:      is added to the gradient w.r.t. the features.
     """
     mirrored = inverse_idx is None  # the inverse is neighbor_idx.flip(0): the same table, its offsets reversed
     table = NeighborTable.of(neighbor_idx)
@@ -233,16 +206,11 @@ def _backward(
     flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     if reference:
         d_features, d_weight = backward_ref(features, flat, d_out, inverse, mirrored, for_features, for_weight)
-        if for_features and d_again is not None:
-            d_features = d_features.to(features.dtype) + d_again
     else:
         if for_features:
-            act = None, None, d_again, False
-            d_features = gather_gemm(d_out, flat, inverse, allow_tf32, mirrored, transposed=True, act=act)
-            if d_again is not None and not d_out.numel():
-                d_features = d_again  # `gather_gemm` returned zeros, without `act`
+            d_features = gather_gemm(d_out, flat, inverse, allow_tf32, mirrored, transposed=True)
         if for_weight:
-            d_weight = d_weight_of(features, d_out, table, allow_tf32, submanifold=mirrored)
+            d_weight = d_weight_of([(features, d_out)], table, allow_tf32, submanifold=mirrored)
     return (
         d_features.to(features.dtype) if for_features else features.new_empty(0),
         d_weight.to(weight_dtype).reshape(weight.shape).contiguous()
@@ -312,30 +280,3 @@ class SparseConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
         return *_gradients(ctx, d_out, _backward), None, None, None, None, None
-
-
-class SparseConvMoments(torch.autograd.Function):
-    """`sparse_conv_moments`; arguments as for `SparseConv`, and `again`."""
-
-    @staticmethod
-    def forward(ctx, features, weight, rounded, table, inverse, allow_tf32, reference, again):
-        ctx.save_for_backward(features, rounded)
-        ctx.tables, ctx.weight_dtype = (table, inverse), weight.dtype
-        ctx.allow_tf32, ctx.reference = allow_tf32, reference
-        ctx.again = again
-        ctx.set_materialize_grads(False)
-        moments = None
-        if reference:
-            out = _forward(features, rounded, table, inverse, allow_tf32, reference)
-        else:
-            out, moments = gather_gemm(features, rounded.flatten(1, 3), table, allow_tf32, with_moments=True)
-        return out, moments, features if again else None
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, _, d_again):
-        if d_out is None:  # only the features were used
-            return d_again, *[None] * 7
-        # without `again` there is no third output, though a dry run passes a gradient for it
-        backward = partial(_backward, d_again=d_again if ctx.again else None)
-        return *_gradients(ctx, d_out, backward), *[None] * 6

@@ -64,7 +64,7 @@ def trilinear_value(volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tenso
 @torch.no_grad()
 def trilinear_value_ref(volume, points, volume_idx):
     """`trilinear_value` in plain PyTorch."""
-    rows, weight, _ = _corners(volume, points, volume_idx)
+    rows, weight, _ = corners(volume, points, volume_idx)
     ax, ay, az = weight.unbind(1)  # [2, N] each
     weights = (az[:, None, None] * ay[:, None] * ax).flatten(0, 2).t().contiguous()  # [N, 8]
     if not points.numel() or not volume.shape[4]:  # embedding_bag may reject a table without columns
@@ -81,7 +81,7 @@ def _check(volume, points, volume_idx):
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
 
 
-def _corners(volume, points, volume_idx):
+def corners(volume, points, volume_idx):
     """The 8 voxels around each point.
 
     Returns:
@@ -108,7 +108,7 @@ def _corners(volume, points, volume_idx):
 
 def _four_weights(volume, points, volume_idx):
     """Rows [N, 8] of the 8 voxels, and [N, 4, 8] their weights in the value and its derivatives w.r.t. x, y, z."""
-    rows, weight, slope = _corners(volume, points, volume_idx)
+    rows, weight, slope = corners(volume, points, volume_idx)
     (ax, ay, az), (bx, by, bz) = weight.unbind(1), slope.unbind(1)  # [2, N] each
     wx = torch.stack([ax, bx, ax, ax])  # [4, 2, N]: for the value, d/dx, d/dy, d/dz
     wy = torch.stack([ay, ay, by, ay])

@@ -40,11 +40,6 @@ KNOWN_SMALL = {
         "cell[0] + upper_z * STEP_Z": "voxel index",
     },
     "sdf_render.py": {"tile * BLOCK_S": "index of a sample on its ray"},
-    "sdf_weights.py": {
-        "i - l * H * STRIDE": "index of a weight; the MLPs are small",
-        "k, n = group //": "row and column of a weight",
-        "row * STRIDE": "index of a weight",
-    },
     "sparse_gemm.py": {
         "e < O * I": "weights of one offset",
         "slot * BLOCK_M": "entries of one tile: offsets x rows",

@@ -74,7 +74,18 @@ def city(tmp_path_factory):
     from unipad.data.synthetic import generate
 
     root = tmp_path_factory.mktemp("data") / "city"
-    generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=2)
+    generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=2, features=16)
+    return root
+
+
+@pytest.fixture(scope="session")
+def labeled(city, tmp_path_factory):
+    """Root of a copy of `city` with occupancy labels, as a run of that task completes it."""
+    from unipad.data.synthetic import add_occupancy
+
+    root = tmp_path_factory.mktemp("labeled") / "city"
+    shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index", "gts"))
+    add_occupancy(root, workers=2)
     return root
 
 

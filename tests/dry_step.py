@@ -23,14 +23,15 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from benchmarks.dry_run import CUDA, DryRun, Generator, backward, make_batch, to_gpu
-from unipad.config import DetectRecipe, PretrainRecipe, UnetConfig
+from unipad.config import DetectRecipe, OccupancyRecipe, PretrainRecipe, UnetConfig
 from unipad.kernels.composite import _composite_fwd_kernel, composite
 from unipad.model.detect import Detector
 from unipad.model.lidar import SparseEncoder
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.model.sparse import SparseTensor, SubMConv3d, VoxelSet
-from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 
 # Bytes of shared memory per program, at most. sm_80 stands for sm_86 and sm_89 too, so it gets their smaller limit.
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
@@ -52,10 +53,12 @@ class Step:
 def steps():
     """Every recipe of train.py and finetune.py, and variants of some; names have their flags, if there are any."""
     all_steps = []
-    for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
+    tasks = {"train": PRETRAIN, "detect": DETECT, "segment": SEGMENT, "occupancy": OCCUPANCY}
+    for task, presets in tasks.items():
         for modality, named in presets.items():
             for name, recipe in named.items():
-                label = f"{modality}-{name}" if name == "tiny" else name  # other names belong to one modality
+                shared = sum(name in others for others in presets.values()) > 1
+                label = f"{modality}-{name}" if shared else name
                 all_steps.append(Step(f"{task} {label}", recipe))
     named = {step.name: step for step in all_steps}
     camera, lidar = named["train camera-0.1"], named["train lidar-0.075"]
@@ -78,7 +81,8 @@ def steps():
 def dry_step(step, scene=0):
     """Run a step and return its `DryRun`. scene: any integer; changes the numbers of points, voxels and boxes."""
     recipe, precision = _shallow(step.recipe), PRECISIONS[step.precision]
-    model = {PretrainRecipe: Pretrain, DetectRecipe: Detector}.get(type(recipe), Segmenter)
+    models = {PretrainRecipe: Pretrain, DetectRecipe: Detector, OccupancyRecipe: OccupancyModel}
+    model = models.get(type(recipe), Segmenter)
     with torch.device("meta"):
         net = model(recipe)
     with DryRun(answers(recipe, scene)) as dry, _deterministic(step.deterministic):
@@ -127,6 +131,7 @@ def answers(recipe, scene):
         "indices of the visible voxels": voxels // 5,  # that many: masking hides the rest
         "number of a convolution's output voxels": voxels // 6,
         "indices of the labeled points": voxels - 1001,  # that many
+        "indices of the labeled voxels": 43_001 - 11 * scene,  # that many, of one sample
         "convergence of VolSDF's sampler": False,
     }
 

@@ -26,13 +26,13 @@ import eval as evaluation
 import finetune
 import train
 from unipad import convert
-from unipad.batch import CAMERAS, CLASSES, LIDARSEG_CLASSES
+from unipad.batch import CAMERAS, CLASSES, FREE, LIDARSEG_CLASSES
 from unipad.config import Data, Grid, to_dict
 from unipad.data.cutpaste import cut_out, load_objects
 from unipad.data.dataset import BadFrame, collate
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.synthetic import generate, is_synthetic
-from unipad.data.tables import load_camera_sweeps, load_index
+from unipad.data.synthetic import add_occupancy, generate, is_synthetic
+from unipad.data.tables import load_camera_sweeps, load_index, load_source_frames
 from unipad.evaluate.segmentation import score_segmentation, write_segmentation
 from unipad.evaluate.submission import score_submission, write_submission
 from unipad.kernels import tuning
@@ -106,6 +106,7 @@ def sample_faults(sample) -> list[str]:
         and (sample.point_labels <= len(LIDARSEG_CLASSES)).all(),
         "matrices are finite": np.isfinite(sample.lidar2image).all() and np.isfinite(sample.lidar2camera).all(),
         "images are RGB": all(i.dtype == np.uint8 and i.ndim == 3 and i.shape[2] == 3 for i in sample.images),
+        "features are finite": all(np.isfinite(features).all() for features in sample.features or ()),
     }
     if conditions["matrices are finite"] and len(sample.images):
         rotation = sample.lidar2camera[:, :3, :3].astype(float)
@@ -119,15 +120,15 @@ def sample_faults(sample) -> list[str]:
     return [f"violated: {condition}" for condition, holds in conditions.items() if not holds]
 
 
-def read_city(folder: Path, with_losses: bool = False) -> Readout:
+def read_city(folder: Path, with_losses: bool = False, data: Data | None = None) -> Readout:
     """All frames of both splits; with_losses: both `models` must have finite losses on them, too."""
-    root, readout, grid = folder / "city", Readout(), models()[0].recipe.grid
+    root, readout, grid, data = folder / "city", Readout(), models()[0].recipe.grid, data or Data(sweeps=3)
     readout.add(synthetic=is_synthetic(root))
     samples = []
     for split in ("mini_train", "mini_val"):
-        dataset = NuScenesDataset(root, VERSION, split, Data(sweeps=3))
+        dataset = NuScenesDataset(root, VERSION, split, data)
         # for the models: without points outside their grid
-        cropped = NuScenesDataset(root, VERSION, split, Data(sweeps=3), point_range=(grid.low, grid.high))
+        cropped = NuScenesDataset(root, VERSION, split, data, point_range=(grid.low, grid.high))
         readout.add(**{f"scenes of {split}": dataset.scenes()})
         for i in range(len(dataset)):
             name = f"frame {dataset.index.tokens[dataset.frames[i]].decode()}"
@@ -163,6 +164,30 @@ def read_camera_sweeps(folder):
     """The cached index of the camera sweeps before each keyframe."""
     readout = Readout()
     readout.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
+    return readout
+
+
+def read_sources(folder):
+    """The cached index of the frames around each keyframe that the photometric loss looks into."""
+    readout = Readout()
+    readout.add(sources=load_source_frames(folder / "city", VERSION, "mini_val", (-1, 1)))
+    return readout
+
+
+def read_voxels(folder):
+    """The occupancy labels of the frames that have them, and the cached index of their files."""
+    dataset, readout = NuScenesDataset(folder / "city", VERSION, "mini_val", Data()).with_occupancy(), Readout()
+    readout.add(index=dataset.occupancy_index)
+    for i in range(len(dataset)):
+        name = f"frame {dataset.index.tokens[dataset.frames[i]].decode()}"
+        try:
+            sample = dataset[i]
+        except BadFrame as bad:
+            readout.skipped[name] = str(bad)
+            continue
+        readout.add(**{name: sample.occupancy})
+        if sample.occupancy[0].max() > FREE or sample.occupancy[1:].max() > 1:
+            readout.faults.append("violated: voxels have classes and masks")
     return readout
 
 
@@ -367,10 +392,14 @@ KINDS = {
     "LiDAR sweep": Kind("city/sweeps/LIDAR_TOP/*", read_city),
     "image": Kind("city/samples/CAM_FRONT*/*", read_city, weight=2),
     "PNG": Kind("city/samples/CAM_BACK/*", read_city, checked=True),  # a PNG has checksums
+    "features": Kind("city/features/samples/*/*", partial(read_city, data=Data(features=Path("features")))),
     "point labels": Kind("city/lidarseg/*/*.bin", read_city),
     "map": Kind("city/maps/*.png", read_city),
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
     "camera sweeps": Kind("city/unipad-index/*mini_val-camera-sweeps.npz", read_camera_sweeps, checked=True),
+    "sources": Kind("city/unipad-index/*mini_val-sources-1+1.npz", read_sources, checked=True),
+    "occupancy labels": Kind("city/gts/scene-0103/*/labels.npz", read_voxels, checked=True),
+    "occupancy index": Kind("city/unipad-index/*mini_val-occupancy.npz", read_voxels, checked=True),
     "objects": Kind("city/unipad-index/*-objects-*", read_objects, checked=True, weight=2),
     # checkpoints, by what a user does with them
     "resumed": Kind("run/checkpoints/last.pt", read_run, "checkpoint", checked=True, weight=2),
@@ -423,7 +452,8 @@ def make_files(folder: Path, city: Path | None):
     if city:
         shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index"))
     else:
-        generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=1, columns=90, sweeps=2, progress=False)
+        sizes = dict(image_size=(72, 128), columns=90, sweeps=2, features=4)
+        generate(root, scenes=2, keyframes=3, workers=1, progress=False, **sizes)
     (root / VERSION / "splits.json").write_text('{"dark": ["scene-0103"]}')
     for image in root.glob("samples/CAM_BACK/*.jpg"):  # one camera has PNG images
         cv2.imwrite(str(image.with_suffix(".png")), cv2.imread(str(image)))
@@ -431,7 +461,10 @@ def make_files(folder: Path, city: Path | None):
     table = root / VERSION / "sample_data.json"
     table.write_text(re.sub(r"(samples/CAM_BACK/[^\"]*)\.jpg", r"\1.png", table.read_text()))
     train_set, val_set = (NuScenesDataset(root, VERSION, split, Data()) for split in ("mini_train", "mini_val"))
-    load_camera_sweeps(root, VERSION, "mini_val")  # these two write their caches
+    add_occupancy(root, workers=1)
+    val_set.with_occupancy()  # this and the next three write their caches
+    load_camera_sweeps(root, VERSION, "mini_val")
+    load_source_frames(root, VERSION, "mini_val", (-1, 1))
     load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)
 
     run = folder / "run"

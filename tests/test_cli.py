@@ -7,6 +7,7 @@ import json
 import re
 import typing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ import finetune
 import train
 from tests import scripts, test_dataset
 from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
-from unipad.checkpoint import take_weights
+from unipad.checkpoint import recipe_of, take_weights
 from unipad.cli import ADDED_FLAGS
-from unipad.config import PretrainRecipe, from_dict
+from unipad.config import ADDED_SETTINGS, PretrainRecipe, from_dict
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
-from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
+from unipad.recipes import DEFAULT_PRESET, DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 from unipad.run_folder import _check_same_settings, run_config
 
 toy = test_dataset.toy  # a fixture that writes a dataset class, toy_set:Toy, into `tmp_path`
@@ -29,7 +30,7 @@ toy = test_dataset.toy  # a fixture that writes a dataset class, toy_set:Toy, in
 EVERY_PRESET = [
     (train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()
 ]
-for task, table in {"detect": DETECT, "segment": SEGMENT}.items():
+for task, table in {"detect": DETECT, "segment": SEGMENT, "occupancy": OCCUPANCY}.items():
     for m, presets in table.items():
         for p, r in presets.items():
             EVERY_PRESET.append((finetune, ["--task", task, "--modality", m, "--preset", p], r))
@@ -69,19 +70,31 @@ def another(hint, value):
 
 # Settings that another setting limits -> command-line arguments instead of those of `another`
 LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
+LIMITED |= {"data.sources": (-2, 2), "rays.patch_step": (2,)}
+# Settings that the photometric loss does not allow, and those that no recipe without it may have
+NOT_WITH_PHOTOMETRIC = {"rays.strategy", "augment.photometric", "augment.grid_mask"}
+ONLY_WITH_PHOTOMETRIC = {"data.sources", "render.photometric_weight"}
 
 
 @for_every_preset
 def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     expected, flags = {}, []
+    pretrains = isinstance(recipe, PretrainRecipe)
+    photometric = pretrains and recipe.render.photometric_weight > 0
+    rejected = {"data.camera_sweeps" if recipe.camera is None else "data.cameras"}
+    rejected |= {"data.cameras"} if pretrains else {"data.features"}  # the former since it gets features
+    rejected |= NOT_WITH_PHOTOMETRIC if photometric else ONLY_WITH_PHOTOMETRIC
+    rejected.add("occupancy.classes")
     for name, hint, value in settings(recipe):
+        if name in rejected:
+            continue
         if name in LIMITED:
             arguments = LIMITED[name]
             value = arguments if len(arguments) > 1 else arguments[0]
         elif name == "grid.cell":  # must divide the range, whose ends `another` moves by 1 m each
             value = arguments = tuple(v / 2 for v in value)
-        elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
-            continue  # rejected for this recipe
+        elif name == "data.features":
+            value, arguments = Path("other"), ["other"]
         else:
             value, arguments = another(hint, value)
         *section, field = name.replace("_", "-").split(".")
@@ -131,6 +144,17 @@ def test_flags_override_a_config_but_cannot_choose_another_recipe(tmp_path):
             train.parse(["--config", tmp_path, *flags])
 
 
+def test_a_run_resumes_with_its_folder_of_features_elsewhere(tmp_path):
+    here, there = (
+        run_config(train.parse(["--preset", "features-tiny", "--data.features", folder]), steps=8)
+        for folder in ("/old/dinov2", "/new/dinov2")
+    )
+    _check_same_settings(here, there, tmp_path)  # does not raise
+    there["recipe"]["data"]["feature_channels"] = 8
+    with pytest.raises(UserError, match="was started with --data.feature-channels 16, not 8"):
+        _check_same_settings(here, there, tmp_path)
+
+
 def test_a_run_from_before_a_flag_existed_is_read_with_its_default(tmp_path):
     config = run_config(train.parse([]), steps=8)
     for name in ADDED_FLAGS:
@@ -138,6 +162,27 @@ def test_a_run_from_before_a_flag_existed_is_read_with_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert train.parse(["--config", tmp_path]).compile is False
     _check_same_settings(config, run_config(train.parse([]), steps=8), tmp_path)  # as with --resume: does not raise
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [(train, []), (finetune, ["--modality", "lidar"]), (finetune, ["--task", "segment"])],
+    ids=["pretrain", "detect", "segment"],
+)
+def test_a_run_from_before_a_setting_existed_is_read_with_its_default(script, flags, tmp_path):
+    """By --config, --resume and, for its encoder, --pretrained."""
+    config = run_config(script.parse(flags), steps=8)
+    sections = [section for section in config["recipe"].values() if isinstance(section, dict)]
+    removed = {name for section in sections for name in ADDED_SETTINGS if section.pop(name, section) is not section}
+    assert removed == (ADDED_SETTINGS if script is train else {"sources", "features", "feature_channels"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert script.parse(["--config", tmp_path]).recipe == recipe_of(config) == script.parse(flags).recipe
+    _check_same_settings(config, run_config(script.parse(flags), steps=8), tmp_path)  # does not raise
+    if script is not train:
+        return
+    with pytest.raises(UserError, match="was started with --render.occupancy-weight 0.0, not 2.0"):
+        changed = run_config(train.parse(["--render.occupancy-weight", 2]), steps=8)
+        _check_same_settings(config, changed, tmp_path)
 
 
 def test_a_recipe_with_a_missing_field_is_rejected(tmp_path):
@@ -178,12 +223,13 @@ def test_a_config_that_is_not_json_is_rejected(tmp_path):
 
 
 def test_default_presets_exist():
-    for tables in (PRETRAIN, DETECT):
+    for tables in (PRETRAIN, DETECT, OCCUPANCY):
         for modality, presets in tables.items():
             assert DEFAULT_PRESET[modality] in presets and "tiny" in presets
     assert DEFAULT_PRESET["segment"] in SEGMENT["lidar"]
     assert train.parse(["--data-root", "x"]).preset == "camera-0.1" and train.parse([]).preset == "tiny"
     assert finetune.parse(["--data-root", "x", "--task", "segment"]).preset == "segment"
+    assert finetune.parse(["--data-root", "x", "--task", "occupancy"]).preset == "camera-0.1"
 
 
 @pytest.mark.parametrize(
@@ -319,6 +365,7 @@ def test_an_invalid_value_or_flag_is_rejected(script, flags, words, capsys):
         (train, ["--modality", "lidar", "--preset", "segment"]),
         (finetune, ["--modality", "lidar", "--preset", "lidar-0.075"]),
         (finetune, ["--task", "segment"]),
+        (finetune, ["--task", "occupancy"]),
         (evaluation, []),
     ],
     ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else v.__name__,

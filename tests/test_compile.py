@@ -25,6 +25,7 @@ from unipad.kernels import sparse_reference
 from unipad.model.camera import Block, LayerNorm2d
 from unipad.model.detect import Detector
 from unipad.model.norm import SyncedBatchNorm
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.runtime import World
@@ -65,6 +66,7 @@ CASES = {
     **{f"detect {name}": (Detector, small(presets["tiny"])) for name, presets in recipes.DETECT.items()},
     "detect pool": (Detector, pooled(small(recipes.DETECT["camera"]["tiny"]))),
     "segment": (Segmenter, small(recipes.SEGMENT["lidar"]["tiny"])),
+    "occupancy": (OccupancyModel, small(recipes.OCCUPANCY["lidar"]["tiny"])),
 }
 QUICK = "detect pool", "segment"
 
@@ -100,6 +102,7 @@ def batches_of(city, model, recipe, dtype=torch.float32):
     """Two batches of one sample each, of different numbers of points."""
     point_range = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=point_range)
+    dataset = dataset.with_occupancy() if model is OccupancyModel else dataset
     batches = [collate([dataset[i]]).to("cpu") for i in (0, 1)]
     return [replace(batch, images=batch.images.to(dtype), boxes=batch.boxes.to(dtype)) for batch in batches]
 
@@ -115,10 +118,11 @@ def test_the_cases_have_every_part():
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
-def test_a_compiled_step_is_bit_equal(case, city, monkeypatch):
+def test_a_compiled_step_is_bit_equal(case, request, monkeypatch):
     """A part that cannot be one graph raises, since parts are compiled with `fullgraph`. In compiled steps too, layers
     and their gradients share the layouts of neighbor tables."""
     model, recipe = CASES[case]
+    city = request.getfixturevalue("labeled" if model is OccupancyModel else "city")
     layouts, make = [], sparse_reference._chunk
     monkeypatch.setattr(sparse_reference, "_chunk", lambda *args: layouts.append(None) or make(*args))
     eager, compiled = twins(model, recipe)

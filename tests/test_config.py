@@ -12,7 +12,7 @@ from unipad.config import AnyRecipe, Augment, DetectRecipe, Paste, from_dict, to
 from unipad.errors import UserError
 from unipad.kernels import tuning
 from unipad.model.pretrain import Pretrain
-from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
 from unipad.run_folder import RunFolder
 from unipad.runtime import World
 
@@ -39,7 +39,15 @@ def test_recipes_of_the_paper():
     assert lidar.grid.scale == 1 / 54  # meters to the renderer's unit: the range ends at 54 m
 
 
-@pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PRETRAIN["lidar"]["segment"],
+        PRETRAIN["lidar"]["tiny"],
+        PRETRAIN["lidar"]["features-tiny"],
+        SEGMENT["lidar"]["tiny"],
+    ],
+)
 def test_from_dict_chooses_the_dataclass_by_its_fields(recipe):
     """`AnyRecipe` and, inside recipes, `LidarConfig | UnetConfig` are unions, and the dict names no class."""
     assert from_dict(AnyRecipe, to_dict(recipe)) == recipe
@@ -50,6 +58,17 @@ def test_a_recipe_is_restored_from_its_dict(paste):
     """Its tuples too, which `to_dict` makes lists, and the optional section `paste`."""
     recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
     assert from_dict(DetectRecipe, to_dict(recipe)) == recipe
+
+
+def test_the_recipe_of_an_older_run_has_the_defaults_of_later_settings():
+    recipe = PRETRAIN["camera"]["tiny"]
+    saved = to_dict(recipe)
+    del saved["data"]["sources"], saved["rays"]["patch"], saved["rays"]["patch_step"]
+    del saved["render"]["photometric_weight"]
+    assert from_dict(AnyRecipe, saved) == recipe
+    del saved["render"]["depth_weight"]
+    with pytest.raises(TypeError, match="has the fields"):
+        from_dict(AnyRecipe, saved)
 
 
 def test_number_of_parameters_of_the_papers_final_camera_model():
@@ -97,6 +116,9 @@ def test_every_full_size_preset_is_on_the_recipes_page():
     tables = {f"train.py --modality {modality}": presets for modality, presets in PRETRAIN.items()}
     tables |= {f"finetune.py --modality {modality}": presets for modality, presets in DETECT.items()}
     tables |= {"finetune.py --task segment": SEGMENT["lidar"]}
+    tables |= {
+        f"finetune.py --task occupancy --modality {modality}": presets for modality, presets in OCCUPANCY.items()
+    }
     for command, presets in tables.items():
-        for name in presets.keys() - {"tiny", "segment-tiny"}:
+        for name in presets.keys() - {"tiny", "segment-tiny", "images-tiny", "features-tiny", "tiny-occupancy"}:
             assert re.search(rf"{command} --preset {re.escape(name)}[` ]", PAGE), (command, name)

@@ -48,3 +48,13 @@ TTGIR = """
 def test_instructions_in_loops_count_once_per_trip():
     once, outer, inner = 3, 2, 2  # before and after, in the outer loop alone, in the inner one
     assert count_sdf_render.instructions(SASS, TTGIR, [5]) == once + 5 * (outer + 8 * inner)
+
+
+def test_code_without_the_loops_of_the_source_is_not_counted():
+    of_unknown_length = TTGIR.replace("%c0_i32 to %c8_i32", "%0 to %1")
+    one_loop = SASS.replace("@P0 BRA `(.L_x_0)", "NOP")
+    with pytest.raises(AssertionError, match="lacks a loop of unknown length"):
+        count_sdf_render.instructions(one_loop, of_unknown_length, [5, 8])
+    loop = "    scf.for %i = %0 to %1 step %c1_i32  : i32 {\n    }\n"
+    with pytest.raises(AssertionError, match="nested differently"):
+        count_sdf_render.instructions(SASS, loop + loop, [5, 8])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("own_user_cache")  # so that nothing is wri
 
 def test_the_example_of_a_custom_rig_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    _, example = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)  # the first one writes features
     exec(compile(example, "docs/data.md", "exec"), {})
     root, version = "data/rig", "rig-1"
     assert NuScenesDataset.train_val_splits(root, version) == ("rig_train", "rig_val")

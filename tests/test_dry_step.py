@@ -16,8 +16,8 @@ from tests import dry_step, scripts
 # norms of all gradients.)
 BUDGETS = {
     "train camera-0.1": (23, 1228),
-    "detect lidar-0.075": (133, 1707),
-    "segment segment": (247, 459),
+    "detect lidar-0.075": (128, 1702),
+    "segment segment": (241, 459),
 }
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
@@ -47,8 +47,9 @@ def test_sixty_scenes_compile_no_more_than_the_first_twenty():
     ((after_20, after_60),) = run("print(json.dumps(count_specializations(60, first=20)))")
     assert after_60 == after_20
     assert len(after_60) >= 10  # kernels
-    # specializations per kernel; these have more: for each number of channels, norms with and without a residual
-    by_channels = "_gather_gemm_kernel", "_norm_relu_fwd_kernel", "_norm_relu_bwd_kernel"
+    # specializations per kernel; these have more: for each number of channels, norms with and without a residual, and
+    # gradients of the weights of two layers, or of one where a scene of a voxel or two ends an op
+    by_channels = "_gather_gemm_kernel", "_norm_relu_fwd_kernel", "_norm_relu_bwd_kernel", "_d_weight_of_groups_kernel"
     assert max(n for kernel, n in after_60.items() if kernel not in by_channels) <= 5
 
 

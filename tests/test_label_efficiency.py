@@ -72,6 +72,15 @@ def test_the_figure_has_a_panel_for_each_metric(tmp_path):
         draw([], tmp_path / "figure.png")
 
 
+def test_every_task_and_modality_has_a_folder_and_a_title_of_its_own(tmp_path):
+    rows = [replace(ROW, modality="camera"), ROW, replace(ROW, task="segment"), replace(ROW, task="occupancy")]
+    rows.append(replace(ROW, task="occupancy", modality="fusion"))
+    assert len({label_efficiency.variant_folder(tmp_path, row) for row in rows}) == len(rows)
+    titles = ["Camera detection", "LiDAR detection", "LiDAR segmentation", "LiDAR occupancy", "Fusion occupancy"]
+    assert [label_efficiency.title_of([row]) for row in rows] == titles
+    assert label_efficiency.METRICS.keys() == label_efficiency.TASKS.keys()
+
+
 @pytest.mark.slow
 def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys):
     """Pre-training and four arms, of two steps each, on the small city; then one more seed of one arm, which runs

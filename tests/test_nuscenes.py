@@ -190,8 +190,25 @@ def test_sweeps_match_the_devkit(nusc, city, sweeps):
     np.testing.assert_array_equal(sample.points[: keyframe.nbr_points(), :4], keyframe.points.T)
 
 
+def test_origins_of_sweeps_match_the_devkit(nusc, dataset):
+    """Where the LiDAR was, in the keyframe's LiDAR frame; and the time lag, exactly that of the sweep's points."""
+    sample = dataset.load(dataset.frames[-1])
+    key = record = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
+    for origin in sample.sweep_origins:
+        ego, sensor = (nusc.get(k, record[f"{k}_token"]) for k in ("ego_pose", "calibrated_sensor"))
+        where = Quaternion(ego["rotation"]).rotate(np.array(sensor["translation"])) + ego["translation"]
+        for k in ("ego_pose", "calibrated_sensor"):
+            pose = nusc.get(k, key[f"{k}_token"])
+            where = Quaternion(pose["rotation"]).inverse.rotate(where - pose["translation"])
+        np.testing.assert_allclose(origin[:3], where, atol=1e-3)
+        assert origin[3] == pytest.approx(1e-6 * (key["timestamp"] - record["timestamp"]), abs=1e-6)
+        record = nusc.get("sample_data", record["prev"]) if record["prev"] else None
+    assert set(sample.sweep_origins[:, 3]) == set(sample.points[:, 4]) and np.ptp(sample.sweep_origins[:, 1]) > 1
+
+
 def test_the_first_keyframe_of_a_scene_has_no_sweeps(dataset):
     assert set(dataset[0].points[:, 4]) == {0}
+    assert dataset.load(0).sweep_origins[:, 3].tolist() == [0] + [-1] * 9
     assert len(set(dataset[1].points[:, 4])) > 1
 
 

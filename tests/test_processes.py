@@ -35,9 +35,14 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
         assert not_zero > 50, "almost all gradients are zero"
 
 
-@pytest.mark.parametrize("case", ["detect", "segment", "pretrain camera", "pretrain lidar", "pretrain fusion"])
+WITHOUT = ["detect", "segment", "occupancy", "pretrain camera", "pretrain lidar", "pretrain fusion"]
+WITHOUT += ["pretrain carving", "pretrain features"]
+
+
+@pytest.mark.parametrize("case", WITHOUT)
 def test_a_process_without_boxes_or_points_does_not_stop_the_other(case):
-    """Process 1 has no boxes in detection, no points elsewhere. Both end, with equal finite gradients."""
+    """Process 1 has no boxes in detection, no points elsewhere, no labeled voxels and no image features. Both end, with
+    equal finite gradients."""
     done = scripts.run_two(
         "-c", "import sys; from tests import test_processes as t; t.steps_without(sys.argv[1])", case
     )
@@ -48,18 +53,34 @@ def steps_without(case):
     """Two training steps of a tiny model in this process."""
     import torch.distributed as dist
 
+    from unipad.batch import OCCUPANCY_SHAPE
     from unipad.model.detect import Detector
+    from unipad.model.occupancy import OccupancyModel
     from unipad.model.pretrain import Pretrain
     from unipad.model.segment import Segmenter
-    from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+    from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
     from unipad.runtime import generators, start
 
     task, _, modality = case.partition(" ")
-    model = {"detect": Detector, "segment": Segmenter, "pretrain": Pretrain}[task]
-    presets = {"detect": DETECT, "segment": SEGMENT, "pretrain": PRETRAIN}[task]
-    recipe = presets[modality or "lidar"]["tiny"]
+    models = {"detect": Detector, "segment": Segmenter, "occupancy": OccupancyModel, "pretrain": Pretrain}
+    model = models[task]
+    presets = {"detect": DETECT, "segment": SEGMENT, "occupancy": OCCUPANCY, "pretrain": PRETRAIN}[task]
+    carving = PRETRAIN["lidar"]["tiny-occupancy"]
+    named = {
+        "pretrain carving": replace(carving, render=replace(carving.render, depth_weight=0.0)),  # no loss casts rays
+        "pretrain features": PRETRAIN["camera"]["features-tiny"],
+    }
+    recipe = named.get(case) or presets[modality or "lidar"]["tiny"]
     with start("cpu", deterministic=False) as world:
         batch = small_batch(points=0 if world.rank and task != "detect" else 2000, boxes=0 if world.rank else 3)
+        if task == "occupancy":
+            voxels = torch.full((len(batch), 3, *OCCUPANCY_SHAPE), 1 - world.rank, dtype=torch.uint8)
+            batch = replace(batch, occupancy=voxels, ego2lidar=torch.eye(4).expand(len(batch), 4, 4))
+        if case == "pretrain carving":
+            batch = replace(batch, sweep_origins=torch.zeros(len(batch), 1, 4))
+        if case == "pretrain features":
+            features = torch.full((len(batch), 2, 6, 9, recipe.data.feature_channels), 1.0 - world.rank)
+            batch = replace(batch, features=features, feature_sizes=torch.tensor([6, 9]).expand(len(batch), 2, 2))
         torch.manual_seed(0)
         net = torch.nn.parallel.DistributedDataParallel(model(recipe))
         for step in range(2):

@@ -65,10 +65,11 @@ def test_command_runs(command, city, tmp_path):
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
     prerequisites = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
-    # runs that the command needs; kind: a modality or "segment"
-    for name, kind in re.findall(r"outputs/(train|finetune)-(\w+)", command):
+    # runs that the command needs; kind: a modality, "segment" or "occupancy-" and a modality
+    for name, kind in re.findall(r"outputs/(train|finetune)-([\w-]+)", command):
         script, flags = prerequisites[name]
-        recipe_flags = ["--modality", kind]
+        task, _, modality = kind.rpartition("-")
+        recipe_flags = ["--modality", modality] + (["--task", task] if task else [])
         if kind == "segment":
             recipe_flags = (
                 ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]

@@ -14,8 +14,9 @@ from unipad.config import Grid, Render
 from unipad.kernels import backend
 from unipad.kernels.lift import lift
 from unipad.kernels.sdf_alpha import laplace_density, neus_alpha
+from unipad.kernels.trilinear import trilinear
 from unipad.model.field import Field
-from unipad.model.rays import Rays
+from unipad.model.rays import Rays, concatenated
 from unipad.model.render import Renderer
 from unipad.model.samplers import unisurf_edges
 from unipad.model.volume import ConvNormReLU3d
@@ -171,7 +172,7 @@ def test_training_step_of_the_render_head_equals_the_original():
     volume = head["project"](volume)
     assert_close_to_max(volume, record["out/render_volume"], 1e-5, "render volume")
     parts = [recorded_rays(record, f"_{b}") for b in range(2)]
-    rays = Rays(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+    rays = concatenated(parts)
     # [R, 2]: rand_0 and rand_1 are of batch sample 0 (stratified, importance), rand_2 and rand_3 of 1
     jitter = torch.cat([torch.cat([record[f"in/rand_{2 * b + i}"] for i in range(2)], dim=1) for b in range(2)])
     out = head["renderer"](volume, rays, jitter)
@@ -258,7 +259,7 @@ def test_rays_that_miss_do_not_count(method):
     volume.requires_grad_()
     # 30 m away, and all with a target depth: -1, for none, becomes 1
     misses = Rays(rays.origins[:3] + 30, rays.directions[:3], rays.depth[:3].abs(), rays.rgb[:3], rays.volume_idx[:3])
-    both = Rays(*(torch.cat([a, b]) for a, b in zip(vars(misses).values(), vars(rays).values(), strict=True)))
+    both = concatenated([misses, rays])
     renderer = Renderer(cfg, SMALL_GRID).double()
     jitter = torch.rand(len(both), renderer.jitters, dtype=torch.float64)
     alone, mixed = renderer(volume, rays, jitter[3:]), renderer(volume, both, jitter)
@@ -269,6 +270,22 @@ def test_rays_that_miss_do_not_count(method):
     expected = gradients(losses, renderer, volume)
     for name, value in gradients(with_misses, renderer, volume).items():
         assert_close_to_max(value, expected[name], 1e-8, name)
+
+
+def test_the_eager_peer_renders_volumes_that_no_ray_hits():
+    """One that its rays miss, and one without rays: as `Renderer`, losses included."""
+    volume, rays = random_scene()
+    rays = rays[rays.volume_idx == 0]
+    rays = Rays(rays.origins + 30, rays.directions, rays.depth.abs(), rays.rgb, rays.volume_idx)
+    renderer = Renderer(SMALL, SMALL_GRID)
+    eager = EagerRenderer(renderer)
+    ours, theirs = renderer(volume, rays), eager(volume, rays)
+    assert not ours.hit.any() and len(volume) == 2
+    for name in ("rgb", "depth", "weights", "hit", "of_volume"):
+        assert torch.equal(getattr(theirs, name), getattr(ours, name)), name
+    expected = renderer.loss(ours, rays)
+    losses = eager.loss(theirs, rays)
+    assert losses.keys() == expected.keys() and all(losses[name] == expected[name] == 0 for name in losses)
 
 
 def test_only_misses_and_no_rays_at_all():
@@ -303,9 +320,10 @@ def test_losses_of_a_batch_are_the_mean_of_those_of_its_samples(method):
 def test_losses_by_hand():
     """In units of 8 m: target depth of ray 0 is 4 m = 0.5, truncation 1.6 m = 0.2; ray 1 has no depth; ray 2 misses."""
     cfg = replace(
-        SMALL, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
-    )
-    renderer = Renderer(cfg, SMALL_GRID)
+        SMALL, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0,
+        features_weight=5.0,
+    )  # fmt: skip
+    renderer = Renderer(cfg, SMALL_GRID, feature_channels=2)
     out = renderer(torch.zeros(1, 8, 4, 8, 8), random_scene(B=1, per_sample=(3,))[1])
     out = replace(
         out,
@@ -317,10 +335,12 @@ def test_losses_by_hand():
         of_volume=torch.tensor([[1.0, 1.0, 0.0]]),
         points_sdf=torch.tensor([0.5, -0.25, 100.0]),
         points_of_volume=torch.tensor([[1.0, 1.0, 0.0]]),
+        features=torch.tensor([[4.0, 3.0], [9.0, 9.0], [9.0, 9.0]]),
     )
     rays = Rays(
         origins=torch.zeros(3, 3), directions=torch.zeros(3, 3), depth=torch.tensor([4.0, -1.0, 4.0]),
         rgb=torch.tensor([[0.5, 0.25, 1.0], [0.0, 0.0, 0.3], [0.0, 0.0, 0.0]]), volume_idx=torch.zeros(3).int(),
+        features=torch.tensor([[0.0, 2.0], [0.0, 0.0], [1.0, 0.0]]),  # ray 1 has none
     )  # fmt: skip
     expected = {
         "rgb": 2 * (0.25 + 0.5 + 0.3) / 6,
@@ -329,11 +349,14 @@ def test_losses_by_hand():
         "sdf": (0.1 + 0.1) / 2,  # |0.4 + 0.2 - 0.5|, |0.6 - 0.2 - 0.5|
         "eikonal": (5 - 1) ** 2,
         "points": 3 * (0.5 + 0.25) / 2,
+        "features": 5 * (1 - 3 / 5),
     }
     losses = renderer.loss(out, rays)
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-6), name
+    renderer.cfg = replace(cfg, features_loss="l1")
+    assert renderer.loss(out, rays)["features"].item() == pytest.approx(5 * (4 + 1) / 2, rel=1e-6)
 
 
 def test_points_loss_is_the_mean_distance_at_lidar_points():
@@ -352,6 +375,27 @@ def test_points_loss_is_the_mean_distance_at_lidar_points():
     assert torch.autograd.grad(loss, volume)[0].abs().amax(dim=(1, 2, 3, 4)).min() > 0
     with pytest.raises(AssertionError, match="needs points"):
         renderer.loss(renderer(volume, rays), rays)
+
+
+@pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
+def test_features_are_those_of_all_samples_and_of_the_background(method):
+    """In fp64: the head at every sample, summed with the weights, and its bias for what passes the last one."""
+    volume, rays = random_scene(dtype=torch.float64)
+    rays = replace(rays, origins=torch.where(torch.arange(len(rays))[:, None] < 2, 30.0, rays.origins))  # two miss
+    cfg = replace(SMALL, method=method, search=16, features_weight=1.0)
+    renderer = Renderer(cfg, SMALL_GRID, feature_channels=70).double()
+    assert renderer(volume, rays).features is None  # the rays have no targets
+    rays = replace(rays, features=torch.randn(len(rays), 70, dtype=torch.float64))
+    out, head, field = renderer(volume, rays), renderer.feature_head, renderer.field
+    points = rays.origins[:, None] * SMALL_GRID.scale + rays.directions[:, None] * out.starts[..., None]
+    features, _ = trilinear(volume.permute(0, 2, 3, 4, 1), field.cells(points), rays.volume_idx)
+    of_samples = (out.weights[..., None] * head(features)).sum(dim=1)
+    passed = 1 - out.weights.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(out.features, of_samples + passed * head.bias, rtol=1e-10, atol=1e-10)
+    assert not out.hit[:2].any() and (out.features[:2] == head.bias).all()
+    # it teaches the geometry too
+    (d_bias,) = torch.autograd.grad(renderer.loss(out, rays)["features"], renderer.field.sdf_decoder.lin0.bias)
+    assert d_bias.any()
 
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
@@ -388,7 +432,7 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
 
     def render_and_backward(device):
         net, leaf = renderer.to(device), volume.detach().to(device).requires_grad_()
-        device_rays = Rays(*(value.to(device) for value in vars(rays).values()))
+        device_rays = rays.each(lambda tensor: tensor.to(device))
         out = net(leaf, device_rays, jitter.to(device))
         losses = net.loss(out, device_rays)
         return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, net, leaf)

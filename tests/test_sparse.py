@@ -14,15 +14,19 @@ from torch import nn
 
 from tests.check import launches
 from unipad.kernels import backend
+from unipad.model import sparse as sparse_module
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import (
+    ConvNormReLU,
     SparseBatchNorm,
     SparseBlock,
     SparseConv3d,
     SparseInverseConv3d,
+    SparseStage,
     SparseTensor,
     SubMConv3d,
     VoxelSet,
+    convolutions_with_tables,
     make_tables,
     rounded_weights,
 )
@@ -338,25 +342,27 @@ def test_one_cast_of_all_weights_gives_the_same_bits():
     """In training and in inference; afterwards, and after an error, the convolutions cast their own again."""
     net, x = Small(), sparse("scattered", 3, dtype=torch.float32)
 
+    convs = convolutions_with_tables(net)
+
     def call(x, context=rounded_weights):
-        with torch.autocast("cpu", torch.bfloat16), context(net):
+        with torch.autocast("cpu", torch.bfloat16), context(convs):
             return net(x)
 
-    own, shared = (step(net, partial(call, context=c), x) for c in (lambda net: nullcontext(), rounded_weights))
+    own, shared = (step(net, partial(call, context=c), x) for c in (lambda convs: nullcontext(), rounded_weights))
     del own["mean"], shared["mean"]  # the second step's
     assert all(torch.equal(own[key], shared[key]) for key in own)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ZeroDivisionError), rounded_weights(net):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ZeroDivisionError), rounded_weights(convs):
         assert net.down.rounded.dtype == torch.bfloat16 and net.point.rounded is None  # 1 x 1 x 1: by autocast itself
         raise ZeroDivisionError
     assert all(m.rounded is None for m in (net.stem, net.down, net.up, net.point, net.halve))
-    with rounded_weights(net):
+    with rounded_weights(convs):
         assert net.down.rounded is None  # without autocast
-    with torch.autocast("cpu", torch.bfloat16), rounded_weights(net):
+    with torch.autocast("cpu", torch.bfloat16), rounded_weights(convs):
         # fp64 features are never cast, nor any features where autocast is off
         assert net.stem(SparseTensor(x.features.double(), x.voxels)).features.dtype == torch.float64
         with torch.autocast("cpu", enabled=False):
             assert net.stem(x).features.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16), rounded_weights(net.point):  # nothing to cast
+    with torch.autocast("cpu", torch.bfloat16), rounded_weights(convolutions_with_tables(net.point)):  # nothing to cast
         assert net.point.rounded is None
 
 
@@ -383,25 +389,90 @@ def test_a_norm_caches_scale_and_shift_until_its_weights_change(monkeypatch):
     assert copy.deepcopy(norm).scale_and_shift() is not on_stream_1  # a copy has its own weights
 
 
-def test_a_block_trains_alike_with_the_fused_norm(monkeypatch, device):
+def block():
+    return SparseBlock(16)
+
+
+def stage():
+    down = ConvNormReLU(SparseConv3d(16, 8, 3, 2, 1, bias=False))
+    return SparseStage(SparseBlock(16), down, SparseBlock(8), SparseBlock(5, in_channels=8), SparseBlock(5))
+
+
+# sums: launches for the gradient of a norm that no convolution of the same op follows. The stage is three ops, since a
+# block projects its input
+@pytest.mark.parametrize("make, norms, sums", [(block, 2, 1), (stage, 9, 3)])
+def test_layers_in_one_op_train_alike(make, norms, sums, monkeypatch, device):
     """Kernels in the interpreter compared with PyTorch's operators: outputs, gradients and running statistics."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     torch.manual_seed(0)
-    net, x = SparseBlock(16).to(device), sparse("scattered", 16, dtype=torch.float32, device=device)
-    for norm in (net.bn1, net.bn2):
+    net, x = make().to(device), sparse("scattered", 16, dtype=torch.float32, device=device)
+    for norm in (m for m in net.modules() if isinstance(m, SparseBatchNorm)):
         nn.init.constant_(norm.bias, 8)  # no ReLU's input is near 0, where rounding would decide on its gradient
     results = []
     monkeypatch.setattr(backend, "interpret", device == "cpu")
-    for context, norms in [(backend.references, 0), (nullcontext, 2)]:
+    for context, fused in [(backend.references, 0), (nullcontext, 1)]:
         twin, features = copy.deepcopy(net), x.features.detach().requires_grad_()
         voxels = VoxelSet(x.voxels.coords, x.voxels.shape, x.voxels.batch_size)
         with launches() as launched, context():
             out = twin(SparseTensor(features, voxels)).features
             grads = torch.autograd.grad(out.square().sum(), [features, *twin.parameters()])
-        assert launched.count("_norm_relu_fwd_kernel") == norms
+        assert launched.count("_norm_relu_fwd_kernel") == norms * fused
+        assert launched.count("_norm_relu_sums_kernel") == sums * fused
         results.append((out, *grads, *twin.buffers()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * max(1, a.abs().max().item()))
+
+
+@pytest.mark.parametrize(
+    "name, frozen, ops",
+    [
+        ("scattered", [], [5]),
+        ("scattered", ["0.bn1"], [1, 3]),  # the second layer skips over the first, which is no part of an op
+        ("scattered", ["0.bn2"], [1, 3]),
+        ("scattered", ["1.1"], [2, 2]),
+        ("scattered", ["2.bn2"], [3, 1]),  # it adds the input of the layer before it, which no op may keep to itself
+        ("one", [], [3]),  # the strided convolution has several output voxels
+        ("none", [], []),
+    ],
+)
+def test_a_frozen_norm_takes_only_its_own_layer_from_an_op(name, frozen, ops, monkeypatch, device):
+    """ops: layers of each op. Outputs, gradients and running statistics are those of PyTorch's operators."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    torch.manual_seed(0)
+    net = SparseStage(SparseBlock(8), ConvNormReLU(SparseConv3d(8, 8, 3, 2, 1, bias=False)), SparseBlock(8)).to(device)
+    x = sparse(name, 8, dtype=torch.float32, device=device)
+    for norm in (m for m in net.modules() if isinstance(m, SparseBatchNorm)):
+        nn.init.constant_(norm.bias, 8)  # as above
+    for norm in frozen:
+        net.get_submodule(norm).eval()
+    monkeypatch.setattr(backend, "interpret", device == "cpu")
+    op, seen, results = sparse_module.sparse_layers, [], []
+
+    def recording(features, layers, *rest):
+        seen.append(len(layers))
+        return op(features, layers, *rest)
+
+    monkeypatch.setattr(sparse_module, "sparse_layers", recording)
+    for context, expected in [(backend.references, []), (nullcontext, ops)]:
+        seen.clear()
+        twin, features = copy.deepcopy(net), x.features.detach().requires_grad_()
+        voxels = VoxelSet(x.voxels.coords, x.voxels.shape, x.voxels.batch_size)
+        with context():
+            out = twin(SparseTensor(features, voxels)).features
+            grads = torch.autograd.grad(out.square().sum(), [features, *twin.parameters()])
+        assert seen == expected
+        results.append((out, *grads, *twin.buffers()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * max([1, *a.abs().flatten().tolist()]))
+
+
+def test_modules_are_called_where_nothing_is_fused():
+    """Hooks and wrappers work there."""
+    net, called = stage(), []
+    for name, module in net.named_children():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    net(sparse("scattered", 16, dtype=torch.float32))
+    assert called == ["0", "1", "2", "3", "4"]
 
 
 def test_norms_with_other_processes_rows_or_modes_are_not_fused(device, monkeypatch):

@@ -113,7 +113,7 @@ def test_products_of_a_sparse_convolution():
     launches = {
         "_gather_gemm_kernel": [dict(K=K, I=8, O=16, features_ptr=x, out_ptr=out),
                                 dict(K=K, I=16, O=8, features_ptr=out, out_ptr=x)],
-        "_d_weight_kernel": [dict(I=8, O=16, features_ptr=x, d_out_ptr=out, read_idx_ptr=torch.empty(K * M))],
+        "_d_weight_kernel": [dict(I=8, O=16, features_ptrs=(x,), d_out_ptrs=(out,), read_idx_ptr=torch.empty(K * M))],
     }  # fmt: skip
     flops = [step_counts.launch_flops(name, given, pairs) for name, calls in launches.items() for given in calls]
     assert {unit for _, unit in flops} == {"fp32"}

@@ -62,6 +62,16 @@ def test_a_rotation_by_90_degrees_and_scaling_by_2_by_hand(sample):
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
 
 
+@every_transform
+def test_origins_of_sweeps_move_with_the_points(sample, transform):
+    """A point at the origin of each sweep ends where the sweep's origin does; times do not change."""
+    sample = replace(sample, sweep_origins=np.float32([[0, 0, 0, 0], [0.1, -3.0, 0.02, 0.05]]))
+    at_origins = np.insert(sample.sweep_origins, 3, 9.0, axis=1)  # with an intensity
+    after = apply_transform(replace(sample, points=at_origins), transform)
+    np.testing.assert_array_equal(after.sweep_origins, np.delete(after.points, 3, axis=1))
+    assert after.sweep_origins.dtype == np.float32 and after.sweep_origins[1, 3] == np.float32(0.05)
+
+
 def test_flips_by_hand(sample):
     """As in the original, with its yaw' = -yaw - pi / 2: flip_x negates x, vx and yaw'; flip_y negates y and vy, and
     yaw' becomes pi - yaw'."""

@@ -54,6 +54,13 @@ LIDARSEG_CLASSES = (
     "vegetation",
 )
 
+# Occ3D-nuScenes (arXiv 2304.14365): classes 0 to 17 of voxels, and their grid in the ego frame of the keyframe's LiDAR
+# (x forward, y left, z up), in meters. Classes 1 to 16 are those of lidarseg.
+OCCUPANCY_CLASSES = ("others", *LIDARSEG_CLASSES, "free")
+FREE = OCCUPANCY_CLASSES.index("free")
+OCCUPANCY_SHAPE = (200, 200, 16)  # voxels along x, y, z
+OCCUPANCY_LOW, OCCUPANCY_CELL = (-40.0, -40.0, -1.0), 0.4  # lower corner, edge of a voxel
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -81,7 +88,23 @@ class Batch:
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored, see `LIDARSEG_CLASSES`; None: no labels
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] age in seconds of keyframe (0) and camera sweeps; None: no sweeps, S = 1
+    features: Tensor | None = None  # [B, N / S, h, w, F] fp16 or fp32 of the keyframe's images, zero-padded; None: none
+    feature_sizes: Tensor | None = None  # [B, N / S, 2] int64 height, width before padding: they cover the whole image
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
+    # M sources of the photometric loss; None: no sources. The frames of `Data.sources` in their order, each with the
+    # keyframe's cameras. Never the encoder's input; the images stay uint8.
+    source_images: Tensor | None = None  # [B, M, C, H, W], padded and in memory as `images`
+    source_sizes: Tensor | None = None  # [B, M, 2] as `image_sizes`; 0 where the scene has no such frame
+    lidar2source: Tensor | None = None  # [B, M, 4, 4] meters (LiDAR frame of the keyframe) -> as `lidar2image`
+    # [B, 3, X, Y, Z] uint8 in the voxels of `OCCUPANCY_SHAPE`: class 0-17, 1 where a LiDAR ray saw it, 1 where a camera
+    # did; None: no such labels
+    occupancy: Tensor | None = None
+    ego2lidar: Tensor | None = None  # [B, 4, 4] meters (ego frame of these voxels) -> LiDAR frame; None: not needed
+    # [B, S, 4] of S LiDAR sweeps, the keyframe's first: x, y, z meters of the LiDAR (LiDAR frame of the keyframe), and
+    # the time in seconds that its points have, -1 where a sample has no such sweep; None: unknown, or no loss reads it
+    sweep_origins: Tensor | None = None
+    points_beyond: Tensor | None = None  # [Q, 5] as `points`: those outside of the grid; None: no loss reads them
+    beyond_counts: Tensor | None = None  # [B] int64, on the host
     rig: tuple[Tensor, int, bytes] | None = None  # for `calibration`, set by `to`: `lidar2image`, its version and bytes
 
     def __len__(self) -> int:

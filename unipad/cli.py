@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import tyro
 
-from unipad.config import CONVNEXT, Recipe, from_dict
+from unipad.batch import OCCUPANCY_CLASSES
+from unipad.config import CONVNEXT, FinetuneRecipe, OccupancyRecipe, PretrainRecipe, Recipe, from_dict
 from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
@@ -27,8 +28,8 @@ A = TypeVar("A")
 # class and an IoU.
 # Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
-MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms"}
-SIGNED = {"low", "high", "center_low", "center_high", "variance"}  # floats that may be negative; all others may not
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms", "sweeps", "feature_channels", "max_voxels"}
+SIGNED = {"low", "high", "center_low", "center_high", "variance", "sources"}  # may be negative; all others may not
 UP_TO_1 = {  # floats from 0 to 1
     "flip_x",
     "flip_y",
@@ -139,7 +140,7 @@ def check_recipe(recipe: Recipe):
         for name, value in vars(settings).items() if dataclasses.is_dataclass(settings) else ():
             flag, least = f"--{section}.{name}".replace("_", "-"), 0 if name in MAY_BE_0 else 1
             for number in _leaves(value):
-                if type(number) is int and number < least:
+                if type(number) is int and number < least and name not in SIGNED:
                     raise UserError(f"{flag} {number} must be at least {least}.")
                 if type(number) is float and name in UP_TO_1 and not 0 <= number <= 1:
                     raise UserError(f"{flag} {number} must be from 0 to 1.")
@@ -147,10 +148,74 @@ def check_recipe(recipe: Recipe):
                     raise UserError(f"{flag} {number} must be from 0 to below 1.")
                 if type(number) is float and number < 0 and name not in SIGNED:
                     raise UserError(f"{flag} {number} must not be below 0.")
+    if isinstance(recipe, PretrainRecipe) and not (recipe.render.renders or recipe.render.occupancy_weight):
+        raise UserError("no loss has a weight above 0; give one of them, for example --render.depth-weight 10.")
     if recipe.camera is not None and not recipe.data.cameras:
         raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
         raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe does not have; leave it out.")
+    if recipe.lidar is not None and not recipe.data.sweeps:
+        raise UserError("--data.sweeps 0 does not work with a LiDAR encoder, which this recipe has; give at least 1.")
+    if isinstance(recipe, PretrainRecipe):
+        _check_supervision(recipe)
+    elif isinstance(recipe, FinetuneRecipe) and (recipe.data.sources or not recipe.data.sweeps or recipe.data.features):
+        raise UserError("--data.sources, --data.features and --data.sweeps 0 are for pre-training; leave them out.")
+    if isinstance(recipe, OccupancyRecipe):
+        _check_occupancy(recipe)
+
+
+def _check_occupancy(recipe):
+    """Raises `UserError` for settings that the labels of voxels do not allow."""
+    if recipe.occupancy.classes != len(OCCUPANCY_CLASSES):
+        raise UserError(
+            f"--occupancy.classes {recipe.occupancy.classes}: labels have {len(OCCUPANCY_CLASSES)} classes, free "
+            "included; leave the flag out."
+        )
+    if recipe.paste is not None:
+        raise UserError(
+            "objects cannot be pasted in fine-tuning for occupancy, since the labels of the voxels would stay as they "
+            'are: set "paste" to null in the config.json.'
+        )
+
+
+def _check_supervision(recipe):
+    """Raises `UserError` for losses without the data that they compare with."""
+    data, rays, render = recipe.data, recipe.rays, recipe.render
+    if rays.strategy == "patch" and data.cameras and data.image_size is not None:
+        rays.check_room(*data.image_size)
+    if render.photometric_weight > 0:
+        if not (data.cameras and data.sources and rays.strategy == "patch"):
+            raise UserError(
+                "--render.photometric-weight compares patches of pixels with other frames: it needs images, "
+                "--rays.strategy patch, and --data.sources, such as -1 1."
+            )
+        if recipe.augment.photometric or recipe.augment.grid_mask:
+            raise UserError(
+                "--render.photometric-weight compares colors between frames, which --augment.photometric and "
+                "--augment.grid-mask change; leave them out."
+            )
+    elif data.sources:
+        raise UserError("--data.sources has no effect without --render.photometric-weight; leave it out.")
+    if (render.features_weight > 0) != (data.features is not None):
+        raise UserError(
+            "--data.features FOLDER and --render.features-weight need each other: give both, or to do without "
+            "--data.features None --render.features-weight 0."
+        )
+    if data.features is not None and not data.cameras:
+        raise UserError(
+            "--data.features needs rays through the cameras' pixels: leave out --data.no-cameras, or do without "
+            "features by --data.features None --render.features-weight 0."
+        )
+    lidar_losses = {
+        name: getattr(render, f"{name}_weight") for name in ("depth", "free_space", "sdf", "points", "occupancy")
+    }
+    if not data.sweeps and (used := [name for name, weight in lidar_losses.items() if weight > 0]):
+        flags = " ".join(f"--render.{name.replace('_', '-')}-weight 0" for name in used)
+        raise UserError(f"--data.sweeps 0 reads no LiDAR, which some losses compare with: turn them off with {flags}.")
+    if not data.sweeps and (rays.strategy == "depth" or not data.cameras):
+        raise UserError(
+            "--data.sweeps 0 reads no LiDAR: rays need cameras and --rays.strategy random, dilation or patch."
+        )
 
 
 def _leaves(value):

@@ -21,11 +21,14 @@ ran. A part cannot be copied or pickled: save its `state_dict`.
 """
 
 import contextlib
+import hashlib
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from unipad import kernels
 from unipad.errors import UserError
 from unipad.model.camera import FPN, Block, LayerNorm2d
 from unipad.model.decoder import DecoderLayer
@@ -67,6 +70,8 @@ def compile_parts(net: nn.Module, world: World, backend: str = "inductor"):
     if backend == "inductor" and world.device.type == "cpu":
         _require_cxx()
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    # else a graph on disk, of an earlier version of this project, would call an op with the arguments of that version
+    torch.compiler.config.cache_key_tag = _kernels_hash()
     # else Inductor chooses between orders of summation by timing them
     torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     torch._dynamo.config.optimize_ddp = False  # it would split graphs into buckets: parts are smaller than one
@@ -95,6 +100,12 @@ def parts_of(net: nn.Module, processes: int) -> list[nn.Module]:
 def uncompiled(compiled: bool):
     """Context in which compiled parts run as if they were not; of no effect if nothing is `compiled`."""
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
+def _kernels_hash():
+    """A hash of the source of all ops."""
+    files = sorted(Path(kernels.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _require_cxx():

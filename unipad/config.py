@@ -45,6 +45,9 @@ def check_below(lower_name: str, lower, upper_name: str, upper, equal: bool = Fa
         raise UserError(f"{lower_name} {lower} {must} {upper_name} {upper}.")
 
 
+MAX_SOURCE = 12  # frames from a keyframe to a source of the photometric loss: a second of nuScenes' cameras
+
+
 @dataclass(frozen=True)
 class Grid:
     """The feature volume [C, Z, Y, X] in the LiDAR frame; triples are (x, y, z) in meters."""
@@ -73,9 +76,20 @@ class Data:
 
     cameras: bool = True  # read images; without them, rays start at the LiDAR
     image_size: tuple[int, int] | None = None  # (height, width) that images are resized to; None: as stored
-    sweeps: int = 1  # LiDAR frames per sample: the keyframe and the sweeps before it
+    sweeps: int = 1  # LiDAR frames per sample: the keyframe and the sweeps before it; 0: no LiDAR file is read
     camera_sweeps: Literal[1, 2, 3, 4, 5, 6] = 1  # camera frames per sample: the keyframe and the sweeps before it
     camera_rate: float = 0.0  # Hz: camera sweep n counts as n / rate s old (original: 12 Hz); 0: use timestamps
+    features: Path | None = None  # folder of image features, below the dataset's, for the loss features; docs/data.md
+    feature_channels: int = 0  # channels of the features; 0: those that the first frame has
+    # loss photometric: the frames of each camera that it looks into, counted from the keyframe (-1: the one before)
+    sources: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if len({0, *self.sources}) <= len(self.sources) or max(map(abs, self.sources), default=0) > MAX_SOURCE:
+            raise UserError(
+                f"--data.sources {self.sources} must be different numbers of frames, from -{MAX_SOURCE} to "
+                f"{MAX_SOURCE} without 0, which is the keyframe."
+            )
 
 
 @dataclass(frozen=True)
@@ -198,17 +212,44 @@ class UnetConfig:
 class RayChoice:
     """Which rays a training step casts. Comments on settings that only one strategy uses begin with its name."""
 
-    strategy: Literal["depth", "random", "dilation"] = "depth"  # LiDAR points first, random pixels, or a pixel grid
+    # LiDAR points first, random pixels, a pixel grid, or random patches of pixels
+    strategy: Literal["depth", "random", "dilation", "patch"] = "depth"
     per_view: int = 512  # rays per camera of a sample; dilation ignores it: one ray per pixel of its grid
     lidar_per_view: int = 512  # depth: at most this many of the per_view rays go through LiDAR points
     near_radius: float = 3.0  # meters in the ground plane: LiDAR points nearer to the LiDAR are ignored
     far_radius: float = 50.0  # meters in the ground plane: LiDAR points farther from the LiDAR are ignored
     pixel_interval: int = 4  # depth: spacing in pixels of the grid that a view's other rays are chosen from
     dilation: int = 16  # dilation: spacing of rays in pixels
-    sky: float = 0.4  # depth: top fraction of an image that the grid of pixel_interval leaves out
+    sky: float = 0.4  # depth, patch: top fraction of an image that patches and the grid of pixel_interval leave out
+    patch: int = 3  # patch: rays along the edge of a patch; a view has as many patches as per_view has room for
+    patch_step: int = 1  # patch: pixels between these rays; the photometric loss averages images over such squares
 
     def __post_init__(self):
         check_below("--rays.near-radius", self.near_radius, "--rays.far-radius", self.far_radius)
+        if self.strategy == "patch" and self.per_view < self.patch**2:
+            raise UserError(
+                f"--rays.per-view {self.per_view} has no room for a patch of {self.patch} x {self.patch} rays."
+            )
+
+    @property
+    def patch_edge(self) -> int:
+        """Pixels from the first to the last row of a patch, both included."""
+        return (self.patch - 1) * self.patch_step + 1
+
+    @property
+    def patch_margin(self) -> int:
+        """Pixels between patches and an image's borders: then the centers of four averages, over squares of
+        `patch_step` pixels, lie around each pixel of a patch."""
+        return (self.patch_step + 1) // 2
+
+    def check_room(self, height: int, width: int):
+        """Raises `UserError` if an image of this size has no room for a patch."""
+        least = -(-(self.patch_edge + 2 * self.patch_margin) // self.patch_step) * self.patch_step
+        if min(height, width) < least:
+            raise UserError(
+                f"images of {height} x {width} pixels have no room for a patch, which takes {least} x {least}: use a "
+                "smaller --rays.patch-step, or larger images."
+            )
 
 
 @dataclass(frozen=True)
@@ -232,6 +273,21 @@ class Render:
     sdf_weight: float = 0.0  # weight of the SDF loss near the surface
     eikonal_weight: float = 0.0  # weight of the eikonal loss
     points_weight: float = 0.0  # weight of |SDF| at the LiDAR points
+    photometric_weight: float = 0.0  # weight of the loss of colors in other camera frames, at the rendered depth
+    features_weight: float = 0.0  # weight of the loss of image features, which --data.features names
+    features_loss: Literal["cosine", "l1"] = "cosine"  # features: 1 - cosine similarity, or L1 of every channel
+    occupancy_weight: float = 0.0  # weight of the loss of free and full cells, as the LiDAR's rays carve them
+    occupancy_window: float = 0.2  # length of a window, seconds: a cell's state is that of the latest window with a ray
+
+    def __post_init__(self):
+        if not self.occupancy_window > 0:
+            raise UserError(f"--render.occupancy-window {self.occupancy_window} must be above 0.")
+
+    @property
+    def renders(self) -> bool:
+        """Whether a loss compares renderings; `occupancy` reads the volume itself."""
+        weights = {f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")} - {"occupancy_weight"}
+        return any(getattr(self, name) > 0 for name in weights)
 
 
 @dataclass(frozen=True)
@@ -279,6 +335,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Occupancy:
+    """Occupancy head: a small MLP on the volume's features at the center of each voxel, and its losses."""
+
+    classes: int = 18  # number of classes: Occ3D's 0 to 16, and 17, free
+    channels: int = 32  # channels of the volume that the head reads
+    hidden: int = 64  # width of the MLP
+    # voxels to learn: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene saw; or
+    # all, with the labels that the file has
+    mask: Literal["camera", "lidar", "none"] = "camera"
+    max_voxels: int = 0  # at most this many of them per sample and step, drawn at random, half of them full; 0: all
+    cross_entropy_weight: float = 1.0  # weight of the cross-entropy
+    lovasz_weight: float = 1.0  # weight of the Lovász softmax loss
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW and its schedule.
 
@@ -321,6 +392,11 @@ class Recipe:
         """Whether an encoder or a loss reads the pixels of training images."""
         return self.camera is not None
 
+    @property
+    def reads_points_beyond(self) -> bool:
+        """Whether a loss reads the LiDAR points outside of the grid: rays to them free the cells that they cross."""
+        return False
+
 
 @dataclass(frozen=True)
 class PretrainRecipe(Recipe):
@@ -329,7 +405,11 @@ class PretrainRecipe(Recipe):
 
     @property
     def reads_pixels(self):
-        return super().reads_pixels or self.render.rgb_weight > 0
+        return super().reads_pixels or self.render.rgb_weight > 0 or self.render.photometric_weight > 0
+
+    @property
+    def reads_points_beyond(self):
+        return self.render.occupancy_weight > 0
 
 
 @dataclass(frozen=True)
@@ -349,7 +429,12 @@ class SegmentRecipe(FinetuneRecipe):
     segment: Segment = field(default_factory=Segment)
 
 
-AnyRecipe = PretrainRecipe | DetectRecipe | SegmentRecipe
+@dataclass(frozen=True)
+class OccupancyRecipe(FinetuneRecipe):
+    occupancy: Occupancy = field(default_factory=Occupancy)
+
+
+AnyRecipe = PretrainRecipe | DetectRecipe | SegmentRecipe | OccupancyRecipe
 
 # ConvNeXt sizes: (blocks per stage, channels per stage)
 CONVNEXT = {
@@ -365,20 +450,25 @@ def to_dict(config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+# Settings that older runs lack; they ran with what is the default now
+ADDED_SETTINGS = {"sources", "patch", "patch_step", "photometric_weight", "occupancy_weight", "occupancy_window"}
+ADDED_SETTINGS |= {"features", "feature_channels", "features_weight", "features_loss"}
+
+
 def from_dict(kind, value, name=""):
     """The inverse of `to_dict`: JSON-able `value` as a `kind`: a dataclass, the type of a field, or a union of these.
 
-    Raises TypeError where the fields are not exactly those of a dataclass of `kind`, or, with the dotted name of the
-    field, where a value is not of its field's type.
+    Raises TypeError where the fields are not exactly those of a dataclass of `kind`, `ADDED_SETTINGS` aside, or, with
+    the dotted name of the field, where a value is not of its field's type.
 
     name: dotted name of the field that has the value, for messages; "" for a whole config.
     """
     if isinstance(value, dict):
         for choice in filter(dataclasses.is_dataclass, _choices(kind)):
-            if value.keys() == choice.__dataclass_fields__.keys():
+            if value.keys() | ADDED_SETTINGS & choice.__dataclass_fields__.keys() == choice.__dataclass_fields__.keys():
                 hints = typing.get_type_hints(choice)
                 names = {field: f"{name}.{field}".lstrip(".") for field in hints}
-                return choice(**{field: from_dict(hints[field], value[field], names[field]) for field in hints})
+                return choice(**{field: from_dict(hints[field], value[field], names[field]) for field in value})
         raise TypeError(f"no {kind} has the fields {', '.join(map(str, value))}")
     for choice in _choices(kind):
         if (result := _as(choice, value, name)) is not _NO_MATCH:

@@ -29,6 +29,7 @@ from unipad.config import (
     Detect,
     DetectRecipe,
     LidarConfig,
+    OccupancyRecipe,
     PretrainRecipe,
     Recipe,
     SegmentRecipe,
@@ -38,6 +39,7 @@ from unipad.errors import UserError, check_choices
 from unipad.exit import exit_on_user_error
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
+from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
@@ -124,7 +126,8 @@ def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) ->
     check_choices(preset=(preset, presets))
     reports = {}
     default = DEFAULT_PRESET[modality]
-    candidates = [default, *(n for n in reversed(presets) if n != default)]  # tiny ones, listed first, come last
+    # tiny ones, listed first, come last; UniPAD has no recipes with `sources`, whose modules are those of others
+    candidates = [default, *(n for n in reversed(presets) if n != default and not presets[n].data.sources)]
     for name in [preset] if preset else candidates:
         recipe = _with_sizes(presets[name], ours, code_weights)
         report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS], unfit=unfit.copy())
@@ -256,8 +259,14 @@ def _convnext_sizes(state):
 
 def _targets(recipe):
     """{name: meta tensor} of all weights of a recipe's model."""
+    models = {
+        PretrainRecipe: Pretrain,
+        DetectRecipe: Detector,
+        SegmentRecipe: Segmenter,
+        OccupancyRecipe: OccupancyModel,
+    }
     with torch.device("meta"):
-        net = {DetectRecipe: Detector, PretrainRecipe: Pretrain, SegmentRecipe: Segmenter}[type(recipe)](recipe)
+        net = models[type(recipe)](recipe)
     return net.state_dict()
 
 

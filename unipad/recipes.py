@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from unipad.config import (
     Augment,
@@ -11,6 +12,8 @@ from unipad.config import (
     DetectRecipe,
     Grid,
     LidarConfig,
+    Occupancy,
+    OccupancyRecipe,
     Optim,
     Paste,
     PretrainRecipe,
@@ -84,6 +87,8 @@ TINY_UNET = UnetConfig(
 TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 of a view go through pixels of a grid
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr_factor=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
+# Of the city with features: see `synthetic.class_features`
+TINY_FEATURES = Data(image_size=(128, 224), features=Path("features"), feature_channels=16)
 
 CAMERA_075_PRETRAIN = PretrainRecipe(
     grid=GRID_075,
@@ -91,6 +96,34 @@ CAMERA_075_PRETRAIN = PretrainRecipe(
     camera=CAMERA_075,
     rays=RayChoice(far_radius=100.0),  # through LiDAR points up to 100 m away
 )
+
+TINY_LIDAR_PRETRAIN = PretrainRecipe(
+    grid=TINY_GRID,
+    data=Data(image_size=(128, 224)),
+    augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+    lidar=TINY_LIDAR,
+    rays=replace(TINY_RAYS, lidar_per_view=64),
+    # The default variance, not TINY_RENDER's: with the depth loss alone, a sharp surface that has vanished has no
+    # gradient, and half of the runs never recovered it.
+    render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
+    optim=TINY_OPTIM,
+)
+# uvtr_lidar_vs0.075_pretrain
+LIDAR_075_PRETRAIN = PretrainRecipe(
+    grid=GRID_075,
+    data=Data(sweeps=10),
+    augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+    lidar=LidarConfig(),
+    rays=RayChoice(far_radius=100.0),
+    render=Render(rgb_weight=0.0, truncation=0.2),  # truncation: of the SDF losses, if they are turned on
+    optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, batch_size=16),
+)
+
+
+def _with_occupancy(recipe):
+    """The recipe with the loss `occupancy` beside its own: not in the paper."""
+    return replace(recipe, render=replace(recipe.render, occupancy_weight=1.0))
+
 
 # Pre-training: modality -> name -> recipe. Comments name the released configs, such as uvtr_cam_vs0.075_pretrain.
 PRETRAIN = {
@@ -111,17 +144,42 @@ PRETRAIN = {
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
         # (in nuScenes 900 x 1600)
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
+        "features-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=TINY_FEATURES,
+            camera=TINY_CAMERA,
+            rays=TINY_RAYS,
+            render=replace(TINY_RENDER, features_weight=1.0),
+            optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
+        "images-tiny": PretrainRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224), sweeps=0, sources=(-1, 1)),
+            camera=TINY_CAMERA,
+            rays=RayChoice(strategy="patch", per_view=63, patch_step=4, sky=0.0),
+            # The default variance, as in the LiDAR recipe: a sharp surface right in front of a camera is seen by no
+            # source, and so has no gradient.
+            render=replace(TINY_RENDER, variance=0.3, depth_weight=0.0, photometric_weight=10.0),
+            optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
+        # camera-0.1 without LiDAR, not in the paper; the steps of a patch are as wide, in angles, as in images-tiny
+        "camera-0.1-images": PretrainRecipe(
+            data=Data(sweeps=0, sources=(-1, 1)),
+            camera=CameraConfig(),
+            rays=RayChoice(strategy="patch", patch_step=28),
+            render=Render(depth_weight=0.0, photometric_weight=10.0),
+        ),
     },
     "lidar": {
-        "tiny": PretrainRecipe(
+        "tiny": TINY_LIDAR_PRETRAIN,
+        "tiny-occupancy": _with_occupancy(TINY_LIDAR_PRETRAIN),
+        "features-tiny": PretrainRecipe(
             grid=TINY_GRID,
-            data=Data(image_size=(128, 224)),
+            data=TINY_FEATURES,
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR,
-            rays=replace(TINY_RAYS, lidar_per_view=64),
-            # The default variance, not TINY_RENDER's: with the depth loss alone, a sharp surface that has vanished has
-            # no gradient, and half of the runs never recovered it.
-            render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
+            rays=TINY_RAYS,  # unlike in "tiny", also through pixels without LiDAR points, such as the sky
+            render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3, features_weight=1.0),
             optim=TINY_OPTIM,
         ),
         "segment-tiny": PretrainRecipe(
@@ -142,16 +200,8 @@ PRETRAIN = {
             render=Render(rgb_weight=0.0),
             optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, epochs=24, batch_size=16),
         ),
-        # uvtr_lidar_vs0.075_pretrain
-        "lidar-0.075": PretrainRecipe(
-            grid=GRID_075,
-            data=Data(sweeps=10),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=LidarConfig(),
-            rays=RayChoice(far_radius=100.0),
-            render=Render(rgb_weight=0.0, truncation=0.2),  # truncation: of the SDF losses, if they are turned on
-            optim=Optim(schedule="one_cycle", lr=2e-4, start_factor=0.1, final_factor=1e-5, batch_size=16),
-        ),
+        "lidar-0.075-occupancy": _with_occupancy(LIDAR_075_PRETRAIN),
+        "lidar-0.075": LIDAR_075_PRETRAIN,
     },
     "fusion": {
         "tiny": PretrainRecipe(
@@ -329,6 +379,78 @@ SEGMENT = {
                 epochs=50,
                 batch_size=12,
             ),
+        ),
+    },
+}
+
+# Fine-tuning for occupancy. The paper has none: encoders are those of detection, and so is what moves their inputs; 24
+# epochs are those of SparseOcc and FlashOcc on Occ3D-nuScenes. The loss of depth bins has a tenth of its weight there.
+# No frames are drawn by the classes of their boxes, and no objects are pasted, since the labels of voxels lack them.
+
+
+def _for_occupancy(camera):
+    return replace(camera, depth_weight=0.1 * camera.depth_weight)
+
+
+TINY_OCCUPANCY = Occupancy(max_voxels=20_000)
+TINY_OCCUPANCY_OPTIM = Optim(
+    schedule="one_cycle", lr=3e-3, backbone_lr_factor=1.0, start_factor=0.1, final_factor=1e-3, epochs=8, batch_size=1
+)
+
+# modality -> name -> recipe
+OCCUPANCY = {
+    "camera": {
+        "tiny": OccupancyRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            augment=replace(CAMERA_AUGMENT, grid_mask=0.0),
+            camera=_for_occupancy(TINY_CAMERA_UNMASKED),
+            occupancy=TINY_OCCUPANCY,
+            optim=TINY_OCCUPANCY_OPTIM,
+        ),
+        "camera-0.075": OccupancyRecipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=CAMERA_AUGMENT,
+            camera=_for_occupancy(CAMERA_075_UNMASKED),
+            optim=Optim(epochs=24),
+        ),
+        "camera-0.1": OccupancyRecipe(augment=CAMERA_AUGMENT, camera=_unmasked(CameraConfig()), optim=Optim(epochs=24)),
+    },
+    "lidar": {
+        "tiny": OccupancyRecipe(
+            grid=TINY_GRID,
+            data=Data(cameras=False),
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), flip_x=0.5, flip_y=0.5, shuffle=True),
+            lidar=TINY_LIDAR_UNMASKED,
+            occupancy=TINY_OCCUPANCY,
+            optim=TINY_OCCUPANCY_OPTIM,
+        ),
+        "lidar-0.075": OccupancyRecipe(
+            grid=GRID_075,
+            data=Data(cameras=False, sweeps=10),
+            augment=LIDAR_AUGMENT,
+            lidar=LIDAR_UNMASKED,
+            optim=replace(LIDAR_OPTIM, epochs=24),
+        ),
+    },
+    "fusion": {
+        "tiny": OccupancyRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            augment=replace(CAMERA_AUGMENT, grid_mask=0.0, shuffle=True),
+            camera=_for_occupancy(TINY_CAMERA_UNMASKED),
+            lidar=TINY_LIDAR_UNMASKED,
+            occupancy=TINY_OCCUPANCY,
+            optim=replace(TINY_OCCUPANCY_OPTIM, epochs=6),
+        ),
+        "fusion-0.075": OccupancyRecipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=FUSION_AUGMENT,
+            camera=_for_occupancy(CAMERA_075_UNMASKED),
+            lidar=LIDAR_UNMASKED,
+            optim=replace(FUSION_OPTIM, epochs=24),
         ),
     },
 }

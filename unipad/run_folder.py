@@ -31,7 +31,7 @@ from unipad.checkpoint import (
     write_checkpoint,
 )
 from unipad.cli import ADDED_FLAGS
-from unipad.config import to_dict
+from unipad.config import AnyRecipe, from_dict, to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
 from unipad.runtime import World, meet, on_main
@@ -317,10 +317,11 @@ def _drop_records_after(step, log):
 
 
 # Flags that may differ when a run resumes. They do not change the training, except for rounding (device, tune,
-# compile).
+# compile). data.features: the folder may have moved, as that of the dataset.
 FREE_FLAGS = {
     "config",
     "data_root",
+    "data.features",
     "out",
     "resume",
     "stop_at",
@@ -341,7 +342,7 @@ def _check_same_settings(old, new, path):
     """Refuse to resume a run under other settings, or on other data."""
     for was, now in (
         ({**ADDED_FLAGS, **old["args"], "steps": old["steps"]}, {**new["args"], "steps": new["steps"]}),
-        (dict(_flatten(old["recipe"])), dict(_flatten(new["recipe"]))),
+        (dict(_flatten(_with_added_settings(old["recipe"]))), dict(_flatten(new["recipe"]))),
     ):
         if was.keys() != now.keys():
             raise UserError(f"{path} was made by another script or another version of this project; start a new run.")
@@ -357,6 +358,15 @@ def _check_same_settings(old, new, path):
             f"{path} was trained on other frames than {new['args']['data_root']} has; give the folder of the run's "
             "dataset as --data-root."
         )
+
+
+def _with_added_settings(recipe):
+    """The dict of a recipe, with the settings that were added since it was written; as it is, if it is from another
+    version of the project."""
+    try:
+        return to_dict(from_dict(AnyRecipe, recipe))
+    except TypeError:
+        return recipe
 
 
 def _flatten(settings, prefix=""):

@@ -1,4 +1,5 @@
-"""Execute the GPU code path without a GPU: the kernel tests, and one training step of each tiny pre-training recipe.
+"""Execute the GPU code path without a GPU: the kernel tests, and a training step of each tiny pre-training recipe and
+of occupancy fine-tuning.
 
     python -m tests.as_on_a_gpu                                     everything
     python -m tests.as_on_a_gpu tests/kernels/test_lift.py -k hand  some tests; arguments go to pytest

@@ -44,11 +44,23 @@ REJECTED = [
         ([("merge", dict(new_edges=lambda t: t[:1]))], r"\(33, 10\) and \(1, 8\) do not match"),
         ([("trilinear", dict(points=lambda t: t[..., :2]))], "do not match"),
         ([("trilinear_value", dict(volume_idx=lambda t: t[:1]))], "do not match"),
+        ([("ray_features", dict(edges=lambda t: t[:, 1:]))], "do not match"),
+        ([("ray_features", dict(weights=lambda t: t[:1]))], "do not match"),
+        ([("ray_features", dict(volume=lambda t: t[:, :0]))], "has no voxels"),
+        ([("ray_features", dict(cells=lambda t: (t[0], t[1][:1])))], r"\[3\] each, not \[\(3,\), \(1,\)\]"),
+        ([("ray_features", dict(weights=lambda t: t.double()))], "all are fp32 or all are fp64"),
         ([("composite", dict(alpha=lambda t: t[:, :1]))], r"alpha \(33, 1\) does not match values \(33, 16, 4\)"),
         ([("composite", dict(values=lambda t: t[..., 0]))], "does not match"),
         ([("composite", dict(alpha=lambda t: t.double()))], "alpha is torch.float64"),
         ([("depth_in_range", dict(hit=lambda t: t[:1]))], r"\(33,\), \(1,\)\] do not match"),
         ([("depth_in_range", dict(edges=lambda t: t[:, :1]))], "S > 0"),
+        ([("warp", dict(depth=lambda t: t[:1]))], r"\(1,\), \(33, 3\).* do not match"),
+        ([("warp", dict(projections=lambda t: t[:, :1]))], "do not match"),
+        ([("warp", dict(images=lambda t: t[0]))], "do not match"),
+        ([("warp", dict(images=lambda t: t[:, :, :0]))], "no pixels"),
+        ([("warp", dict(depth=lambda t: t.half()))], "fp32 or fp64"),
+        ([("ray_mean", dict(of_volume=lambda t: t[:, :1]))], r"\(33,\), \(2, 1\)\] do not match"),
+        ([("ray_mean", dict(of_volume=lambda t: t.double()))], "of_volume torch.float64"),
         ([("neus_alpha", dict(deltas=lambda t: t[:, :1]))], r"deltas \(33, 1\) do not match sdf \(33, 16\)"),
         ([("neus_alpha", dict(directions=lambda t: t[:1]))], "match sdf"),
         ([("neus_alpha", dict(gradient=lambda t: t[:, :1]))], "match sdf"),
@@ -71,6 +83,14 @@ REJECTED = [
         ([("voxelize", dict(low=(0.0, 0.0)))], "triples"),
         ([("voxelize", dict(cell=(0.5, 0.0, 0.5)))], "size above 0"),
         ([("voxelize", dict(max_points=0))], "max_points"),
+        ([("carve", dict(ends=lambda t: t[:1]))], r"\(300, 3\), \(1, 3\), \(300,\), \(300,\), \(300,\)\] do not match"),
+        ([("carve", dict(rank=lambda t: t[:1]))], r"\(1,\), \(300,\)\] do not match"),
+        ([("carve", dict(origins=lambda t: t.double()))], "float32, not torch.float64"),
+        ([("carve", dict(volume_idx=lambda t: t.long()))], "int32"),
+        ([("carve", dict(hit=lambda t: t.int()))], "hit is bool"),
+        ([("carve", dict(cell=(0.5, 0.0, 0.5)))], "size above 0"),
+        ([("carve", dict(shape=(8, 8)))], "triples"),
+        ([("carve", dict(B=0))], "at least 1 volume"),
     ]
     for call in calls
 ]
@@ -94,7 +114,8 @@ def test_grid_subsample_rejects_invalid_arguments():
         grid_subsample(points, [5], 0.0)
 
 
-@pytest.mark.parametrize("op", [op for op in CASES if not op.startswith("sparse_conv")])  # convolutions follow autocast
+# convolutions follow autocast
+@pytest.mark.parametrize("op", [op for op in CASES if not op.startswith(("sparse_conv", "sparse_layers"))])
 def test_autocast_does_not_change_a_reference(op):
     case, inputs = CASES[op], inputs_of(op)
 
@@ -112,7 +133,13 @@ def test_autocast_does_not_change_a_reference(op):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "op, names",
-    [("lift", ["lidar2image"]), ("voxel_pool", ["lidar2image"]), ("sdf_render", ["rays", "edges", "cells"])],
+    [
+        ("lift", ["lidar2image"]),
+        ("voxel_pool", ["lidar2image"]),
+        ("sdf_render", ["rays", "edges", "cells"]),
+        ("warp", ["rays", "projections"]),
+        ("ray_features", ["rays", "edges", "cells"]),
+    ],
 )
 def test_geometry_has_no_gradient_on_either_path(op, names, path):
     inputs = inputs_of(op)

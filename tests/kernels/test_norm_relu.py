@@ -7,7 +7,7 @@ from torch import nn
 from tests.ahead_of_time import ASSEMBLED_TARGETS, Launch
 from tests.check import check_against_ref, launches
 from unipad.kernels import norm_relu as module
-from unipad.kernels.norm_relu import BLOCK_P, WARPS, _blocks, norm_relu, norm_relu_ref
+from unipad.kernels.norm_relu import BLOCK_P, WARPS, _blocks, norm_relu, norm_relu_bwd, norm_relu_fwd, norm_relu_ref
 
 FP32_POINTERS = ("weight_ptr", "bias_ptr", "moments_ptr", "statistics_ptr", "running_mean_ptr", "running_var_ptr",
                  "sums_ptr", "d_weight_ptr", "d_bias_ptr")  # fmt: skip
@@ -28,6 +28,16 @@ LAUNCHES = [
         ("_norm_relu_sums_kernel", {}, 128, 1024),
         ("_norm_relu_bwd_kernel", PARTS, 128, 1024),
         ("_norm_relu_bwd_kernel", PARTS | dict(d_residual_ptr=None), 128, 1024),
+    ]
+] + [
+    Launch(  # after a convolution in fp32, whose norm's result is half
+        kernel, flags | BLOCKS[16], TYPES | dict(out_ptr="*bf16", d_out_ptr="*bf16"), ("C",), ("fp32",),
+        num_warps=WARPS, registers=registers, shared=shared,
+    )
+    for kernel, flags, registers, shared in [
+        ("_norm_relu_fwd_kernel", PARTS | dict(residual_ptr=None), 96, 1024),
+        ("_norm_relu_sums_kernel", {}, 128, 1024),
+        ("_norm_relu_bwd_kernel", PARTS | dict(d_residual_ptr=None), 152, 4096),
     ]
 ]  # fmt: skip
 
@@ -65,15 +75,32 @@ def test_many_parts_match_reference(monkeypatch, device):
     assert launched == ["_moments_kernel", "_norm_relu_fwd_kernel"]
 
 
-def test_moments_of_tiles_replace_a_launch(device):
+def test_sums_of_tiles_replace_a_launch_each_way(device):
     """Parts of 64 rows, the last of 22 and after it an empty one, as of a convolution's tiles."""
     inputs = {k: v.float() if torch.is_tensor(v) else v for k, v in on(device, make_inputs(150, 5)).items()}
-    parts = [*inputs["x"].split(64), inputs["x"][:0]]
+    x, weight, bias, eps, residual = inputs.values()
+    parts = [*x.split(64), x[:0]]
     moments = torch.stack([torch.stack([p.sum(0) / max(len(p), 1), (p - p.mean(0)).square().sum(0)]) for p in parts])
-    with launches() as launched:
-        out = norm_relu(**inputs, moments=(moments, 64))
-    assert launched == ["_norm_relu_fwd_kernel"]
-    torch.testing.assert_close(out, norm_relu_ref(**inputs), rtol=1e-5, atol=1e-5)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    truth = norm_relu_ref(**inputs)
+    d_out = torch.ones_like(truth).cumsum(0).sin()
+    expected = torch.autograd.grad(truth, leaves, d_out)
+    with torch.no_grad(), launches() as launched:
+        out, statistics = norm_relu_fwd(x, weight, bias, eps, residual, None, 0.1, (moments, 64))
+        g, x_hat = torch.where(out > 0, d_out, 0), (x - statistics[0]) * statistics[1]
+        sums = torch.stack([t.sum(0) for t in torch.stack([g, g * x_hat], dim=1).split(64)])
+        grads = norm_relu_bwd(d_out, x, out, weight, statistics, True, sums)
+    assert launched == ["_norm_relu_fwd_kernel", "_norm_relu_bwd_kernel"]
+    for ours, theirs in zip((out, *grads), (truth, *expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1, theirs.abs().max().item()))
+
+
+def test_the_result_may_have_another_type(device):
+    """As if it had been cast, but without a launch for it."""
+    x, weight, bias, eps, residual = on(device, make_inputs(37, 5)).values()
+    given = x.float(), weight.float(), bias.float(), eps, residual.float(), None, 0.1
+    out, _ = norm_relu_fwd(*given, dtype=torch.float16)  # the interpreter truncates bf16
+    assert out.dtype == torch.float16 and torch.equal(out, norm_relu_fwd(*given)[0].half())
 
 
 @pytest.mark.parametrize("fn", [norm_relu, norm_relu_ref])

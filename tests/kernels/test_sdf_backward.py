@@ -14,13 +14,18 @@ from tests.kernels.test_sdf_render import (
     AMD,
     DEVICE,
     EXACT,
+    FEWER,
     HOPPER,
     IEEE,
     NO_RGB,
     NVIDIA,
+    ONE_VOXEL,
     RGB,
+    SHALLOW,
     TILE,
+    VOLSDF,
     WIDE,
+    WIDE_EXACT,
     adapted,
     assert_tiles_are_as_chosen,
     formulas,
@@ -29,33 +34,64 @@ from tests.kernels.test_sdf_render import (
     results,
 )
 from unipad.config import Grid, Render
+from unipad.kernels.sdf_field import WIDE_WARPS, programs_for
 from unipad.kernels.sdf_render import sdf_render
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 
 # the volume's gradient: by atomic adds, or summed by `cell_sum` under strict determinism
 ADD, BY_CELL = dict(SCATTER=True), dict(SCATTER=False)
+WIDE_SHALLOW = WIDE_EXACT | SHALLOW
 # checked by tests/test_compiles.py; columns, constexprs and the reason for the stacks: see test_sdf_render.py
 LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE, NVIDIA, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE, NVIDIA, 80, 256),
     launch("_sdf_render_bwd_rgb_kernel", EXACT | TILE, NVIDIA, 255, 8192, 500, "HMMA"),
-    launch("_sdf_render_bwd_rgb_kernel", WIDE | TILE, HOPPER, 255, 53248, 1320, "HMMA", 4),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE | TILE, HOPPER, 255, 53248, 368, "HMMA", WIDE_WARPS),
     launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 112, "HMMA"),  # 112 on sm_90 only
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 8192, 100, "HMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 300, "HMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 49152, 600, "HMMA", 4),
+    # 488 on sm_80; 240 on sm_90 and sm_120
+    launch("_sdf_render_bwd_sdf_kernel", EXACT | TILE | ADD, NVIDIA, 255, 8192, 488, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD, HOPPER, 255, 33792, 200, "HMMA", WIDE_WARPS),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL | IEEE, AMD),
+    # fields that no preset has; with all layers, WIDE_EXACT compiles for minutes
+    launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | VOLSDF, HOPPER, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | TILE | VOLSDF, HOPPER, 80, 256),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | FEWER, HOPPER, 255, 8192, 100, "HMMA"),
+    # 12 bytes more than with several voxels may have: the compiler's choice of what to spill, for a volume of no use
+    launch("_sdf_render_bwd_rgb_kernel", RGB | TILE | ONE_VOXEL, HOPPER, 255, 8192, 112, "HMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE_SHALLOW | TILE, HOPPER, 255, 16384, 2584, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE | TILE | IEEE, AMD, warps=WIDE_WARPS),
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | BY_CELL, HOPPER, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | FEWER, HOPPER, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL | FEWER, HOPPER, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | ONE_VOXEL, HOPPER, 255, 8192, 100, "HMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", WIDE_SHALLOW | TILE | ADD, HOPPER, 255, 33792, 592, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_bwd_sdf_kernel", WIDE | TILE | ADD | IEEE, AMD, warps=WIDE_WARPS),
 ]
 
 
 def test_launches_have_the_tiles_that_the_code_chooses():
     assert_tiles_are_as_chosen(LAUNCHES)
+
+
+@pytest.mark.parametrize(
+    "work, warps, programs",
+    [
+        (1, 1, 1),
+        (1056, 1, 1056),  # all that 132 multiprocessors can run at once
+        (1057, 1, 529),  # two each, since one has two: half of the sums
+        (3072, 1, 1024),  # rays of camera-0.1, three each
+        (3072, 8, 128),
+    ],
+)
+def test_no_more_programs_than_the_slowest_needs(work, warps, programs):
+    assert programs_for(work, multiprocessors=132, warps=warps) == programs
 
 
 def test_zero_upstream_gradient_gives_a_zero_volume_gradient():
@@ -91,14 +127,16 @@ def training_step(method):
     cfg = Render(
         method=method, channels=16, samples=6, importance=4, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, points_weight=1.0,
+        features_weight=1.0,
     )  # fmt: skip
     grid = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(4.0, 4.0, 2.0))
-    renderer = Renderer(cfg, grid).to(DEVICE)
+    renderer = Renderer(cfg, grid, feature_channels=5).to(DEVICE)
     volume = torch.randn(2, 16, 2, 4, 4, device=DEVICE).requires_grad_()
     directions = F.normalize(torch.randn(4, 3, device=DEVICE) * torch.tensor([1, 1, 0.2], device=DEVICE), dim=1)
     depth = torch.tensor([4.0, 5.0, -1.0, 6.0], device=DEVICE)  # -1: unknown
     volume_idx = torch.tensor([0, 1, 0, 1], device=DEVICE).int()
-    rays = Rays(torch.zeros_like(directions), directions, depth, torch.rand_like(directions), volume_idx)
+    targets = torch.rand(4, 3, device=DEVICE), volume_idx, torch.randn(4, 5, device=DEVICE)
+    rays = Rays(torch.zeros_like(directions), directions, depth, *targets)
     jitter = torch.rand(4, renderer.jitters, device=DEVICE)
     points = directions * 5, volume_idx
     wrt = [volume, *(p for p in renderer.parameters() if p.requires_grad)]

@@ -15,7 +15,8 @@ from unipad.kernels import backend, sdf_backward
 from unipad.kernels import sdf_render as sdf_render_module
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
-from unipad.kernels.sdf_field import BLOCK_S, SEARCH_BLOCK, tile_launch
+from unipad.kernels.sdf_field import BLOCK_S, SEARCH_BLOCK, WIDE_WARPS, tile_launch
+from unipad.kernels.sdf_pack import pack
 from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from unipad.kernels.trilinear import trilinear_ref
 from unipad.model.rays import Rays
@@ -34,9 +35,15 @@ RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
 NO_RGB = RGB | dict(RGB_LAYERS=0)  # presets for LiDAR only, which render no color
 IEEE = dict(PREC="ieee")  # matrix products in fp32, as on AMD GPUs
 TRAIN = dict(STOP=0.0)  # rays do not stop early
-WIDE = RGB | dict(C=64, H=64, CHANNELS=64)  # the widest supported field, with four warps
+WIDE = RGB | dict(C=64, H=64, CHANNELS=64)  # the widest supported field
 EXACT = RGB | dict(PREC="tf32x3")  # exact=True
+WIDE_EXACT = WIDE | dict(PREC="tf32x3")
+SHALLOW = dict(SDF_LAYERS=2, RGB_LAYERS=2)
+VOLSDF = dict(NEUS=False)
+FEWER = dict(CHANNELS=20)  # than the 32 to which they are padded
+ONE_VOXEL = dict(Z=1, Y=1, X=1)  # along every axis
 TILE, SEARCH = dict(BLOCK_S=16), dict(BLOCK_M=32, LAYERS=6)  # samples of a ray, any samples
+WIDE_SEARCH = FIELD | SEARCH | dict(C=64, H=64, CHANNELS=64)
 
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=1):
@@ -45,7 +52,7 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
     targets = tuple(dict.fromkeys(targets + OTHERS)) if HOPPER[0] in targets else targets
     # S, the samples per ray, is a multiple of 16 for the renderer (96, except in the tiny presets), but not for
     # `sdf_values`, which runs before resampling (72)
-    divisible = () if kernel == "_sdf_values_kernel" else ("S",)
+    divisible = () if kernel == "_sdf_values_kernel" or "S" in constexprs else ("S",)
     return Launch(
         kernel, constexprs, types=dict(hit_ptr="*i1"), divisible=divisible, elements=("fp32",), targets=targets,
         num_warps=warps, num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, limits_on=limits_on,
@@ -62,11 +69,23 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", RGB | TILE | dict(STOP=1e-4), HOPPER, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", NO_RGB | TILE | TRAIN, NVIDIA, 255, 4096, 100, "HMMA"),
     launch("_sdf_render_fwd_kernel", EXACT | TILE | TRAIN, NVIDIA, 255, 8192, 100, "HMMA"),
-    launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN, HOPPER, 255, 32768, 1080, "HMMA", 4),
+    launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN, HOPPER, 255, 32768, 120, "HMMA", WIDE_WARPS),
     launch("_sdf_values_kernel", FIELD | SEARCH | IEEE, AMD),
     launch("_sdf_values_kernel", FIELD | SEARCH | dict(PREC="tf32x3"), NVIDIA, 255, 8192, 0, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | IEEE, AMD),
     launch("_sdf_render_fwd_kernel", NO_RGB | TILE | TRAIN | IEEE, AMD),
+    # fields that no preset has
+    launch("_sdf_values_kernel", FIELD | SEARCH | FEWER, HOPPER, 255, 4096, 0, "HMMA"),
+    launch("_sdf_values_kernel", FIELD | SEARCH | ONE_VOXEL, HOPPER, 255, 4096, 0, "HMMA"),
+    launch("_sdf_values_kernel", WIDE_SEARCH, HOPPER, 144, 16384, 0, "HMMA", WIDE_WARPS),
+    launch("_sdf_values_kernel", WIDE_SEARCH | dict(PREC="tf32x3"), HOPPER, 255, 16384, 24, "HMMA", WIDE_WARPS),
+    launch("_sdf_values_kernel", WIDE_SEARCH | IEEE, AMD, warps=WIDE_WARPS),
+    launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | VOLSDF, HOPPER, 255, 4096, 100, "HMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | FEWER, HOPPER, 255, 4096, 100, "HMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | ONE_VOXEL, HOPPER, 255, 4096, 100, "HMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | TILE | TRAIN | dict(S=1), HOPPER, 255, 4096, 100, "HMMA"),
+    launch("_sdf_render_fwd_kernel", WIDE_EXACT | TILE | TRAIN, HOPPER, 255, 32768, 320, "HMMA", WIDE_WARPS),
+    launch("_sdf_render_fwd_kernel", WIDE | TILE | TRAIN | IEEE, AMD, warps=WIDE_WARPS),
 ]
 # inputs (of `make_inputs`) with a gradient
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density_param"]
@@ -211,7 +230,7 @@ def test_field_of_the_presets_matches_the_formulas(seed):
     in_fp32 = results(formulas("neus"), inputs)
     with launches() as launched:
         ours = results(adapted(sdf_render, exact=True), inputs)
-    assert [name for name in launched if name != "_reorder_kernel"] == [
+    assert launched == [
         "_pack_fwd_kernel", "_sdf_render_fwd_kernel",
         "_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel", "_pack_bwd_kernel",
     ]  # fmt: skip
@@ -392,6 +411,10 @@ def test_sdf_values_match_the_formulas():
         assert_close_to_max(fn(inputs["volume"], rays, starts, inputs["sdf_mlp"], cells, exact=True), truth, 1e-5)
     nothing = sdf_values(inputs["volume"], [t[:0] for t in rays], starts[:0], inputs["sdf_mlp"], cells)
     assert nothing.shape == (0, 17)
+    # also packed with a color MLP
+    packed = pack(inputs["sdf_mlp"], inputs["rgb_mlp"], 32, exact=True)
+    given = inputs["volume"], rays, starts, inputs["sdf_mlp"], cells, True
+    assert torch.equal(sdf_values(*given, packed), sdf_values(*given))
 
 
 def test_rejects_invalid_arguments():
@@ -409,6 +432,29 @@ def test_rejects_invalid_arguments():
     with pytest.raises(AssertionError, match="no gradients"):
         adapted(sdf_render, stop=1e-4)(**inputs)
     assert not kernels_support("unisurf", torch.float32, channels=32, hidden=16, sdf_layers=6, rgb_layers=4)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(exact=True), "made with exact=True, not False"),
+        (dict(sdf_layers=3), "made from other MLPs"),
+        (dict(rgb_layers=3), "made from other MLPs"),
+        (dict(rgb_layers=0), "made from other MLPs"),
+        (dict(hidden=15), "made from other MLPs"),  # padded to the same 16
+    ],
+)
+def test_rejects_what_was_packed_for_something_else(wrong, message):
+    sizes, exact = dict(sdf_layers=2, rgb_layers=2), wrong.get("exact", False)
+    inputs = make_inputs(R=2, S=3, **sizes)
+    others = make_inputs(R=2, S=3, **sizes | wrong) if not exact else inputs
+    packed = pack(others["sdf_mlp"], others["rgb_mlp"], 32, exact)
+    with pytest.raises(AssertionError, match=message):
+        adapted(sdf_render, packed=packed)(**inputs)
+    if "rgb_layers" not in wrong:  # `sdf_values` reads the distance MLP only
+        rays, cells = (inputs["origins"], inputs["directions"], inputs["volume_idx"]), (CELLS_PER_UNIT, CELL_OFFSET)
+        with pytest.raises(AssertionError, match=message):
+            sdf_values(inputs["volume"], rays, inputs["edges"], inputs["sdf_mlp"], cells, packed=packed)
 
 
 def test_reproduces_the_original_renderer(monkeypatch):
@@ -461,17 +507,18 @@ def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatc
     """Other fields run as separate ops; either way, losses and gradients equal those of these ops' references."""
     cfg = Render(
         method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
-        truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,
+        truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, features_weight=1.0,
     )  # fmt: skip
     grid = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
-    renderer = Renderer(cfg, grid)
+    renderer = Renderer(cfg, grid, feature_channels=5)
     renderer.exact = True
     volume = torch.randn(1, channels, 4, 8, 8).requires_grad_()
     directions = F.normalize(torch.randn(2, 3) * torch.tensor([1, 1, 0.2]), dim=1)
-    rays = Rays(torch.zeros(2, 3), directions, torch.tensor([4.0, 5.0]), torch.rand(2, 3), torch.zeros(2).int())
+    depth = torch.tensor([4.0, 5.0])
+    rays = Rays(torch.zeros(2, 3), directions, depth, torch.rand(2, 3), torch.zeros(2).int(), torch.randn(2, 5))
 
     def step(device):
-        net, on_device = renderer.to(device), Rays(*(value.to(device) for value in vars(rays).values()))
+        net, on_device = renderer.to(device), rays.each(lambda tensor: tensor.to(device))
         losses = net.loss(net(volume.to(device), on_device), on_device)
         parameters = [p for p in net.parameters() if p.requires_grad]
         return [*losses.values(), *torch.autograd.grad(sum(losses.values()), [volume, *parameters])]
@@ -479,7 +526,7 @@ def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatc
     with launches() as launched:
         ours = step(DEVICE)
     assert ("_sdf_render_bwd_sdf_kernel" in launched) == ("_sdf_values_kernel" in launched) == fuses
-    assert ("_trilinear_bwd_kernel" in launched) == (not fuses)
+    assert ("_trilinear_bwd_kernel" in launched) == (not fuses) and "_ray_features_bwd_kernel" in launched
     monkeypatch.setattr(backend, "interpret", False)  # on a CPU, references run
     for value, expected in zip(ours, step("cpu"), strict=True):
         assert_close_to_max(value.cpu(), expected, 1e-3)

@@ -10,13 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.check import check_against_ref, launches
 from unipad.kernels import sparse_gemm
-from unipad.kernels.sparse_conv import (
-    sparse_conv,
-    sparse_conv_act,
-    sparse_conv_act_ref,
-    sparse_conv_moments,
-    sparse_conv_ref,
-)
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
 
 ONE, THREE = (1, 1, 1), (3, 3, 3)
 # kind, kernel, batch size, grid (Z, Y, X), voxels, Cin, Cout; the grid and the voxels are the convolution's inputs
@@ -195,50 +189,6 @@ def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
     monkeypatch.setattr(sparse_gemm, "PROGRAMS", 2)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5], CASES[9]], ids=str)  # odd, one tile and one row, wide
-def test_moments_are_those_of_the_parts(case, dtype, device):
-    """Merged, they are the mean and the variance of the output as it was rounded."""
-    inputs, *_ = make_inputs(*case, device, dtype)
-    out, (moments, R), features = sparse_conv_moments(**inputs)
-    assert torch.equal(out, sparse_conv(**inputs)) and features is None
-    sizes = (len(out) - R * torch.arange(len(moments), device=device)).clamp(0, R)[:, None].double()
-    mean, squares = moments.double().unbind(1)
-    of_all = (sizes * mean).sum(dim=0) / len(out)
-    variance = (squares + sizes * (mean - of_all).square()).sum(dim=0) / len(out)
-    torch.testing.assert_close(of_all, out.double().mean(dim=0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(variance, out.double().var(dim=0, correction=0), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[8]], ids=str)  # odd, strided, empty
-def test_the_gradient_of_features_used_again_is_added(case, dtype, device):
-    """As autograd adds it for `sparse_conv`, but rounded once; also where only one of both outputs is used."""
-    inputs, *_ = make_inputs(*case, device, dtype)
-    features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
-    for of_out, of_again in [(1, 1), (1, 0), (0, 1)]:
-        out, again = sparse_conv(**inputs), features
-        ours, _, ours_again = sparse_conv_moments(**inputs, again=True)
-        results = []
-        for o, f in [(ours, ours_again), (out, again)]:
-            outputs = [t for t, used in ((o, of_out), (f.sin(), of_again)) if used]
-            ups = [torch.ones_like(t).cumsum(0).cos() for t in outputs]
-            with launches() as launched:
-                results.append(torch.autograd.grad(outputs, (features, weight), ups, allow_unused=True))
-            if dtype != torch.float64 and len(features) and of_out:
-                assert launched.count("_gather_gemm_kernel") == 1
-        for a, b in zip(*results, strict=True):
-            assert (a is None) == (b is None)
-            if a is not None and a.numel():
-                torch.testing.assert_close(a, b, rtol=0, atol=2 * torch.finfo(dtype).eps * b.abs().max().item())
-
-
-def test_too_many_tiles_give_no_moments(monkeypatch, device):
-    monkeypatch.setattr(sparse_gemm, "MAX_TILES", 1)
-    inputs, *_ = make_inputs(*CASES[3], device, torch.float32)  # 65 rows, two tiles
-    assert sparse_conv_moments(**inputs)[1] is None
 
 
 # scale, shift, residual, relu

@@ -7,6 +7,7 @@ index.py      tables -> index: what samples need, as flat arrays
 schema.py     what the tables must contain: rows are checked when they are read
 splits.py     scenes of each split: nuScenes' own, or those of a splits.json
 transforms.py augmentation: points, cameras and boxes together; colors of images
+occupancy.py  the file with a keyframe's occupancy labels
 cutpaste.py   objects of other frames pasted into a sample
 cache.py      files computed from a dataset once: the indices, and the objects to paste
 loader.py     which frames each batch of a run has: order, ranks, worker processes, unreadable frames

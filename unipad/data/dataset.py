@@ -19,6 +19,7 @@ from unipad.data.transforms import augment_sample, photometric_distortion
 from unipad.errors import UserError
 
 DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
+FRAMES_TRIED = 8  # frames of which one must be readable, to know the number of feature channels
 
 
 class DataError(UserError):
@@ -54,6 +55,21 @@ class Sample:
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each camera frame relative to the keyframe, which is first, with 0; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
+    features:     for each image of the keyframe, [h, w, F] float16 or float32 features of h x w equal parts of it, for
+                  the loss `features`; 0 in all channels means none. None unless `Data.features` names their folder.
+    occupancy:    [3, X, Y, Z] uint8 as in `Batch`; None without these labels.
+    ego2lidar:    [4, 4] float32 ego frame of the voxels -> LiDAR; None where no task needs it.
+    sweep_origins: [S, 4] float32 of the `Data.sweeps` LiDAR sweeps, the keyframe's first: x, y, z of the LiDAR in
+                  LiDAR, and exactly the time lag of its points, -1 for sweeps that do not exist. From `load`, None
+                  means that they are not known: the loss `occupancy` cannot be computed then.
+    points_beyond: [Q, 5] the points that `DrivingDataset.read` leaves out of `points`, as outside of its `point_range`;
+                  None if no loss reads them.
+
+    With `Data.sources`, the M images that the photometric loss looks into: frames before and after the keyframe, in the
+    order of `Data.sources`, each with the keyframe's cameras in their order:
+
+    source_images: M times [h, w, 3] uint8 RGB; [0, 0, 3] where the scene has no such frame. None: no sources.
+    lidar2source:  [M, 4, 4] float32 LiDAR of the keyframe -> as `lidar2image`.
     """
 
     images: list[np.ndarray]
@@ -66,6 +82,13 @@ class Sample:
     token: str
     frame_lags: np.ndarray | None = None
     cameras: tuple[str, ...] = ()
+    source_images: list[np.ndarray] | None = None
+    lidar2source: np.ndarray | None = None
+    features: list[np.ndarray] | None = None
+    occupancy: np.ndarray | None = None
+    ego2lidar: np.ndarray | None = None
+    sweep_origins: np.ndarray | None = None
+    points_beyond: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -88,9 +111,11 @@ class DrivingDataset(torch.utils.data.Dataset):
     default_version = ""  # the version without --version
     # False: no loss reads pixels, so `load` may return images of [h, w, 0]; see `without_pixels`.
     pixels = True
-    # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. Metrics are the
-    # nuScenes devkit's, so a dataset that names a task also needs nuScenes' tables in its root and an attribute
-    # `index`, a `unipad.data.index.Index`.
+    # True: `read` keeps `Sample.sweep_origins` and fills in `Sample.points_beyond`; see `with_points_beyond`
+    keeps_beyond = False
+    # What finetune.py can train and eval.py can score: "detect", "segment", "occupancy". Pre-training needs none. For
+    # the first two, metrics are the nuScenes devkit's, so a dataset that names one also needs nuScenes' tables in its
+    # root and an attribute `index`, a `unipad.data.index.Index`.
     tasks: tuple[str, ...] = ()
 
     def __init__(
@@ -143,6 +168,12 @@ class DrivingDataset(torch.utils.data.Dataset):
         """Whether the split has images; without them rays are cast from the LiDAR."""
         return True
 
+    @classmethod
+    def has_points(cls, root: str | Path, version: str, split: str) -> bool:
+        """Whether the frames of the split have LiDAR points: a model that was trained without them is then evaluated
+        on them. Override it if they may not; where `Data.sweeps` is 0, `load` returns no points."""
+        return True
+
     def load(self, frame: int) -> Sample:
         """Read frame number `frame` of the split. Raises `BadFrame` with the path of a missing or broken file, and no
         other exception."""
@@ -156,6 +187,11 @@ class DrivingDataset(torch.utils.data.Dataset):
         """{scene: indices of its frames in the dataset, in the order of time}; {} without scenes."""
         return {}
 
+    def tokens(self) -> list[str]:
+        """`Sample.token` of all frames of the split, missing ones too: of those without a prediction, an evaluation
+        removes the file that an earlier one wrote. []: it removes none."""
+        return []
+
     def fingerprint(self) -> str:
         """A string that changes with the dataset: caches made from the dataset are then rebuilt."""
         return ""
@@ -167,6 +203,15 @@ class DrivingDataset(torch.utils.data.Dataset):
     def require_point_labels(self):
         """Raise `DataError` unless every frame has `point_labels`."""
         raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")
+
+    def with_occupancy(self, labels: bool = True, verbose: bool = True) -> "DrivingDataset":
+        """This dataset with `ego2lidar` and, if `labels`, `occupancy` in its samples: only frames that have these
+        labels remain, and if `verbose` the number of the others is reported. Raises `DataError` if there are none."""
+        raise DataError(f"{self.root / self.version} has no occupancy labels.")
+
+    def lidar_origins(self) -> dict[str, np.ndarray]:
+        """{token: [K, 3] meters in its ego frame} of the frames `with_occupancy`: where the rays of RayIoU start."""
+        raise DataError(f"{self.root / self.version} has no LiDAR poses.")
 
     # The same for every dataset
 
@@ -185,17 +230,28 @@ class DrivingDataset(torch.utils.data.Dataset):
         """The training set, with the recipe's augmentation, and the validation set; both as `recipe.data` says.
 
         If no loss of the recipe reads pixels, the training set is `without_pixels`; the pictures of a validation show
-        images, so its set has them.
+        images, so its set has them. `data.feature_channels` of both is the number found, where the recipe's is 0.
 
         Raises `DataError` where a camera encoder has no images, and what the constructor and `train_val_splits` raise.
         """
         train, val = cls.train_val_splits(root, version)
         settings = {"label_fraction": label_fraction, "augment": recipe.augment}
         train_set = cls(root, version, train, recipe.data, point_range=point_range, **settings)
-        val_set = cls(root, version, val, recipe.data, point_range=point_range)
         if recipe.camera is not None and not cls.has_images(root, version, train):
             raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
+        train_set.data = train_set.data_with_feature_channels()
+        val_data = cls.data_to_evaluate(root, version, val, train_set.data)
+        val_set = cls(root, version, val, val_data, point_range=point_range)
+        if recipe.reads_points_beyond:
+            train_set, val_set = train_set.with_points_beyond(), val_set.with_points_beyond()
         return train_set if recipe.reads_pixels else train_set.without_pixels(), val_set
+
+    @classmethod
+    def data_to_evaluate(cls, root: str | Path, version: str, split: str, data: Data) -> Data:
+        """What evaluation reads of a split: no sources, and where training reads no LiDAR, that of the keyframe, as the
+        truth of rendered depths, if the split has points."""
+        truth = not data.sweeps and cls.has_points(root, version, split)
+        return replace(data, sources=(), sweeps=1 if truth else data.sweeps)
 
     def __len__(self):
         return len(self.frames)
@@ -206,6 +262,8 @@ class DrivingDataset(torch.utils.data.Dataset):
     def read(self, i: int, rng: np.random.Generator | None = None, paste: bool = True) -> Sample:
         """Sample i, cropped to `point_range`; with `rng` also augmented, and, if `paste`, with objects pasted in."""
         sample = self.load(self.frames[i])
+        if not self.keeps_beyond:
+            sample = replace(sample, sweep_origins=None)  # no loss reads them: they need not be copied to the device
         if rng is not None:
             if self.augment is not None and self.augment.photometric:
                 sample = photometric_distortion(sample, rng)  # before objects' pixels are pasted, as in the original
@@ -214,7 +272,7 @@ class DrivingDataset(torch.utils.data.Dataset):
             if self.augment is not None:
                 sample = augment_sample(sample, rng, self.augment)
         if self.point_range is not None:
-            sample = _crop_points(sample, *self.point_range)
+            sample = _crop_points(sample, *self.point_range, self.keeps_beyond)
             sample = sample if rng is None else _crop_boxes(sample, *self.point_range)
         return sample
 
@@ -222,6 +280,34 @@ class DrivingDataset(torch.utils.data.Dataset):
         """This dataset for losses that read no pixels: `load` need not open images, only give their sizes, for rays."""
         dataset = copy.copy(self)
         dataset.pixels = False
+        return dataset
+
+    def data_with_feature_channels(self) -> Data:
+        """`self.data`, with the number of channels of the first features that can be read. Raises `DataError` for
+        features that cannot be read, or that `load` does not read."""
+        if self.data.features is None:
+            return self.data
+        first_bad = None
+        for frame in self.frames[:FRAMES_TRIED]:
+            try:
+                features = self.load(frame).features
+            except BadFrame as bad:
+                first_bad = first_bad or bad
+                continue
+            if features is None:
+                raise DataError(
+                    f"{type(self).__name__} reads no features: fill in Sample.features, or do without them."
+                )
+            if not features:
+                raise DataError(f"{self.root / self.version} has no images, which --data.features needs.")
+            return replace(self.data, feature_channels=features[0].shape[2])
+        raise DataError(f"{first_bad}.")
+
+    def with_points_beyond(self) -> "DrivingDataset":
+        """This dataset for losses that also read the points outside of `point_range`, in `Sample.points_beyond`, and
+        `Sample.sweep_origins`."""
+        dataset = copy.copy(self)
+        dataset.keeps_beyond = True
         return dataset
 
     def with_objects(self, objects) -> "DrivingDataset":
@@ -273,16 +359,16 @@ def check_recorded(name: str, run: Path):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples to a `Batch` on the CPU, with uint8 images, padded at the right and bottom to a multiple of 32."""
-    views = len(samples[0].images)
-    sizes = [image.shape[:2] for s in samples for image in s.images]
-    sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
-    H, W = (-(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32 for i in range(2))
-    channels = samples[0].images[0].shape[2] if views else 3
-    images = np.zeros((len(samples), views, H, W, channels), np.uint8)
-    for sample, padded in zip(samples, images, strict=True):
-        for image, view in zip(sample.images, padded, strict=True):
-            view[: image.shape[0], : image.shape[1]] = image
+    """Samples to a `Batch` on the CPU, with uint8 images, padded at the right and bottom to a multiple of 32.
+
+    Raises `DataError` for a point with a time lag that no row of its sample's `sweep_origins` has.
+    """
+    for sample in samples:
+        _check_lags(sample)
+    images, sizes = _padded([s.images for s in samples])
+    source_images, source_sizes = None, None
+    if samples[0].source_images is not None:
+        source_images, source_sizes = _padded([s.source_images for s in samples])
 
     def stack(name):
         return torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
@@ -290,9 +376,15 @@ def collate(samples: list[Sample]) -> Batch:
     def concatenate(name):
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
 
+    features, feature_sizes = _collated_features(samples)
+
+    def stack_or_none(name):
+        return stack(name) if all(getattr(s, name) is not None for s in samples) else None
+
     labeled = all(s.point_labels is not None for s in samples)
+    beyond = all(s.points_beyond is not None for s in samples)
     return Batch(
-        images=torch.from_numpy(images).permute(0, 1, 4, 2, 3),
+        images=images,
         image_sizes=sizes,
         lidar2image=stack("lidar2image"),
         lidar2camera=stack("lidar2camera"),
@@ -303,18 +395,71 @@ def collate(samples: list[Sample]) -> Batch:
         box_counts=torch.tensor([len(s.boxes) for s in samples]),
         point_labels=concatenate("point_labels") if labeled else None,
         tokens=tuple(s.token for s in samples),
-        frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
+        frame_lags=stack_or_none("frame_lags"),
         cameras=samples[0].cameras,
+        source_images=source_images,
+        source_sizes=source_sizes,
+        lidar2source=None if source_images is None else stack("lidar2source"),
+        features=features,
+        feature_sizes=feature_sizes,
+        occupancy=stack_or_none("occupancy"),
+        ego2lidar=stack_or_none("ego2lidar"),
+        sweep_origins=stack_or_none("sweep_origins"),
+        points_beyond=concatenate("points_beyond") if beyond else None,
+        beyond_counts=torch.tensor([len(s.points_beyond) for s in samples]) if beyond else None,
     )
 
 
-def _crop_points(sample, low, high):
-    """The sample with only the points between the corners `low` and `high`, (x, y, z) meters."""
+def _check_lags(sample):
+    """Every point needs an origin for its ray: on the device, points without one would be left out silently."""
+    if sample.sweep_origins is None:
+        return
+    lags = sample.sweep_origins[:, 3]
+    for points in (sample.points, sample.points_beyond):
+        if points is not None and not (known := np.isin(points[:, 4], lags)).all():
+            raise DataError(
+                f"{sample.token} has points of the time lag {points[~known][0, 4]}, which is not in "
+                "Sample.sweep_origins: give both exactly the same."
+            )
+
+
+def _padded(images_of_samples):
+    """[B, N, C, H, W] uint8 images, zero-padded to a multiple of 32, with C last in memory; [B, N, 2] their sizes."""
+    views = len(images_of_samples[0])
+    sizes = [image.shape[:2] for images in images_of_samples for image in images]
+    sizes = torch.tensor(sizes, dtype=torch.int64).view(len(images_of_samples), views, 2)
+    H, W = (max(32, -(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32) for i in range(2))
+    channels = images_of_samples[0][0].shape[2] if views else 3
+    padded = np.zeros((len(images_of_samples), views, H, W, channels), np.uint8)
+    for images, views_of_sample in zip(images_of_samples, padded, strict=True):
+        for image, view in zip(images, views_of_sample, strict=True):
+            view[: image.shape[0], : image.shape[1]] = image
+    return torch.from_numpy(padded).permute(0, 1, 4, 2, 3), sizes
+
+
+def _collated_features(samples):
+    """`Batch.features` and `Batch.feature_sizes`."""
+    if any(sample.features is None for sample in samples):
+        return None, None
+    maps = [feature for sample in samples for feature in sample.features]
+    sizes = torch.tensor([feature.shape[:2] for feature in maps])
+    dtype = np.result_type(*{feature.dtype for feature in maps})
+    features = np.zeros((len(maps), *sizes.amax(dim=0).tolist(), maps[0].shape[2]), dtype)
+    for feature, padded in zip(maps, features, strict=True):
+        padded[: feature.shape[0], : feature.shape[1]] = feature
+    return torch.from_numpy(features).unflatten(0, (len(samples), -1)), sizes.unflatten(0, (len(samples), -1))
+
+
+def _crop_points(sample, low, high, keep_beyond=False):
+    """The sample with only the points between the corners `low` and `high`, (x, y, z) meters; with `keep_beyond`, the
+    others are its `points_beyond`."""
     points, labels = sample.points, sample.point_labels
     inside = np.ones(len(points), bool)
     # column by column and with `compress`, in a seventh of the time of `all(axis=1)` and points[inside]
     for axis, above, below in zip(points.T, np.float32(low), np.float32(high), strict=False):
         inside &= (axis > above) & (axis < below)
+    if keep_beyond:
+        sample = replace(sample, points_beyond=points.compress(~inside, axis=0))
     points = points.compress(inside, axis=0)
     return replace(sample, points=points, point_labels=None if labels is None else labels[inside])
 

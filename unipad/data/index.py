@@ -1,4 +1,4 @@
-"""nuScenes tables, opened by the devkit -> `Index` and `CameraSweeps`: what samples need, as flat arrays.
+"""nuScenes tables, opened by the devkit -> `Index`, `CameraSweeps` and `OccupancyIndex`: what samples need, as arrays.
 
 Data loading workers keep only these arrays: no devkit, no Python objects to copy.
 """
@@ -22,6 +22,7 @@ MAX_SPEED = 200.0  # m/s: an object that is faster along x or y counts as one of
 # unless it got from there to here at less than `MAX_SPEED`
 MAX_OFFSET = 200.0
 MAX_GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
+MAX_ORIGINS, ORIGIN_RANGE = 8, 39.0  # SparseOcc's: origins per keyframe, and meters in x and y that they are within
 FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
 
 
@@ -71,6 +72,34 @@ class CameraSweeps:
     # both for the first camera that has an image in the keyframe:
     numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe: 1, 2, ...; 0 where the keyframe is repeated
     lags: np.ndarray  # [F, W] float32 how many seconds before the keyframe's image
+
+
+@dataclass(frozen=True)
+class SourceFrames:
+    """The images before and after each keyframe of a split that the photometric loss looks into: a separate index.
+
+    F keyframes in the order of the `Index`, M sources: for each of some offsets in frames, in their order, N cameras.
+    Among these frames may be other keyframes; where the scene has no such frame, the file's name is empty.
+    """
+
+    image_files: np.ndarray  # [F, M]
+    image_sizes: np.ndarray  # [F, M, 2] int64 as in `Index`
+    intrinsics: np.ndarray  # [F, M, 4, 4] float32 as in `Index`
+    lidar2camera: np.ndarray  # [F, M, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
+
+
+@dataclass(frozen=True)
+class OccupancyIndex:
+    """What occupancy needs of each keyframe besides the `Index`: a separate index, since only this task needs it.
+
+    F keyframes in the order of the `Index`. The ego frame is that of the keyframe's LiDAR at its own timestamp.
+    """
+
+    files: np.ndarray  # [F] labels, as Occ3D-nuScenes names them: gts/<scene>/<sample token>/labels.npz
+    ego2lidar: np.ndarray  # [F, 4, 4]
+    # LiDAR's positions at keyframes of the scene, in this keyframe's ego frame: where SparseOcc (arXiv 2312.17118)
+    # starts its rays; NaN after the last
+    origins: np.ndarray  # [F, MAX_ORIGINS, 3] float32 meters
 
 
 def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
@@ -190,6 +219,31 @@ def build_camera_sweeps(nusc, split: str, scenes: set[str], verbose: bool) -> Ca
     )
 
 
+def build_occupancy(nusc, split: str, scenes: set[str], verbose: bool) -> OccupancyIndex:
+    """The occupancy index of a split from the tables; arguments and errors as `build_index`."""
+    samples = _samples(nusc, scenes)
+    lidar = [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples]
+    lidar2global = _sensor2global(nusc, lidar)
+    lidar2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in lidar])
+    names = [nusc.get("scene", s["scene_token"])["name"] for s in samples]
+    rows = {name: [] for name in names}  # of each scene's keyframes, in the order of time
+    for f, name in enumerate(names):
+        rows[name].append(f)
+    origins = np.full((len(samples), MAX_ORIGINS, 3), np.nan, np.float32)
+    for f, name in enumerate(names):
+        of_scene = lidar2global[rows[name], :, 3]  # [K, 4]
+        here = (of_scene @ (lidar2ego[f] @ np.linalg.inv(lidar2global[f])).T)[:, :3]
+        here = here[(np.abs(here[:, :2]) < ORIGIN_RANGE).all(axis=1)]
+        if len(here) > MAX_ORIGINS:
+            here = here[np.round(np.linspace(0, len(here) - 1, MAX_ORIGINS)).astype(int)]
+        origins[f, : len(here)] = here
+    return OccupancyIndex(
+        files=_text(f"gts/{name}/{s['token']}/labels.npz" for name, s in zip(names, samples, strict=True)),
+        ego2lidar=np.linalg.inv(lidar2ego),
+        origins=origins,
+    )
+
+
 def _chain_before(nusc, record):
     """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated; all
     None if `record` is None."""
@@ -200,6 +254,37 @@ def _chain_before(nusc, record):
             _check_gap(nusc, newer, newer["timestamp"] - record["timestamp"])
         chain.append(record)
     return chain
+
+
+def build_source_frames(nusc, split: str, scenes: set[str], verbose: bool, offsets: tuple[int, ...]) -> SourceFrames:
+    """The frames at `offsets` from the keyframes of a split, negative for earlier ones; other arguments and errors as
+    `build_index`."""
+    samples, names = _samples(nusc, scenes), _camera_names(nusc)
+    lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
+    # by `prev` alone, which is checked: the `next` of other converters' tables may be empty
+    after = {r["prev"]: r for r in nusc.sample_data if r["prev"] and r["sensor_modality"] == "camera"}
+    records = []
+    for sample in tqdm(samples, f"sources of {nusc.version} {split}", disable=not verbose, unit="frame"):
+        keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
+        records += [_frame_at(nusc, after, key, offset) for offset in offsets for key in keys]
+    images = _images(nusc, records, (len(samples), len(offsets) * len(names)), lidar2global)
+    return SourceFrames(**{k: a.astype(np.float32) if a.dtype == np.float64 else a for k, a in images.items()})
+
+
+def _frame_at(nusc, after, record, offset):
+    """The sample_data record `offset` frames after `record`, before it if negative; None where the scene has none, or
+    if `record` is None. after: {token: the record whose `prev` it is}."""
+    for _ in range(abs(offset)):
+        if record is None:
+            return None
+        before = nusc.get("sample_data", record["prev"]) if offset < 0 and record["prev"] else None
+        other = before if offset < 0 else after.get(record["token"])
+        if other is None:
+            return None
+        earlier, later = (record, other) if offset > 0 else (other, record)
+        _check_gap(nusc, later, later["timestamp"] - earlier["timestamp"])
+        record = other
+    return record
 
 
 def _camera_names(nusc):

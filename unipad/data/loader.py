@@ -101,7 +101,10 @@ def _check_batch_size(dataset, size, workers):
     sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
         image_bytes = sum(image.nbytes for image in sample.images)
-        loaded = (image_bytes + sample.points.nbytes) * (1 + PREFETCH * workers)  # the batch in use, and those ahead
+        others = [sample.points, *(sample.source_images or ()), *(sample.features or ())]
+        others += [] if sample.points_beyond is None else [sample.points_beyond]
+        loaded = image_bytes + sum(array.nbytes for array in others)
+        loaded *= 1 + PREFETCH * workers  # the batch in use, and those ahead
         # Images are loaded as bytes; those of the batch in use also become fp32: in host memory too, without a GPU.
         check_memory(size * (loaded + 4 * image_bytes), f"loading with --batch-size, {size} samples per process,")
 

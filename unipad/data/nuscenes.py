@@ -14,6 +14,7 @@ Unlike in the original: the latest sweeps before the keyframe are taken (in the 
 and a scene's first keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
 """
 
+import copy
 import hashlib
 import io
 import os
@@ -27,14 +28,26 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.features import feature_files, read_features
 from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
+from unipad.data.occupancy import read_occupancy
 from unipad.data.splits import splits_of
-from unipad.data.synthetic import ensure_city
-from unipad.data.tables import find_root, load_camera_sweeps, load_index, samples_of_scenes, tables_state
+from unipad.data.synthetic import add_occupancy, ensure_city, is_synthetic
+from unipad.data.tables import (
+    find_root,
+    load_camera_sweeps,
+    load_index,
+    load_occupancy,
+    load_source_frames,
+    samples_of_scenes,
+    tables_state,
+)
 
 MAX_INTENSITY = 65535.0  # a larger one means a damaged file: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
 MAX_LISTED = 3  # files or rows that a message lists, at most
+# Fields of an index that describe views: files, sizes, matrices
+VIEW_FIELDS = ("image_files", "image_sizes", "intrinsics", "lidar2camera")
 
 
 class NuScenesDataset(DrivingDataset):
@@ -45,7 +58,7 @@ class NuScenesDataset(DrivingDataset):
     """
 
     default_version = "v1.0-mini"
-    tasks = ("detect", "segment")
+    tasks = ("detect", "segment", "occupancy")
 
     def __init__(
         self,
@@ -59,11 +72,14 @@ class NuScenesDataset(DrivingDataset):
     ):
         root = find_root(root, version)
         self.index, self.camera_sweep_index = load_index(root, version, split), None
+        self.occupancy_index, self.occupancy_labels = None, False  # see `with_occupancy`
         if data.cameras and data.camera_sweeps > 1:  # `Data` counts the keyframe as a sweep
             self.camera_sweep_index = load_camera_sweeps(root, version, split)
+        self.source_index = load_source_frames(root, version, split, data.sources) if data.sources else None
         settings = (label_fraction, point_range, augment)
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
         self.frames = self._complete_frames()
+        self._check_features()
         if len(rows := self.index.left_out):
             named = "; ".join(row.decode() for row in rows[:MAX_LISTED]) + ("; ..." if len(rows) > MAX_LISTED else "")
             _report(f"{root / version} {split}: {len(rows)} boxes of sample_annotation.json are left out: {named}")
@@ -76,7 +92,9 @@ class NuScenesDataset(DrivingDataset):
     @classmethod
     def default_root(cls, data):
         """A synthetic city, generated if it does not exist yet."""
-        return ensure_city(data.camera_sweeps - 1)  # `Data` counts the keyframe, the city does not
+        # `Data` counts the keyframe, the city does not; 5: all frames between keyframes, so that both sides have some
+        sweeps = 5 if data.sources else data.camera_sweeps - 1
+        return ensure_city(sweeps, with_features=data.features is not None)
 
     @classmethod
     def has_images(cls, root, version, split):
@@ -84,6 +102,15 @@ class NuScenesDataset(DrivingDataset):
         root = find_root(root, version)
         files = load_index(root, version, split).image_files
         return bool(files.size) and bool(on_disk(root, files).all(axis=1).any())
+
+    @classmethod
+    def has_points(cls, root, version, split):
+        """Whether all keyframes that have their images on disk have their LiDAR file too: else these images alone are
+        evaluated, not the few frames that have both."""
+        root = find_root(root, version)
+        index = load_index(root, version, split)
+        points = on_disk(root, index.lidar_files[index.frame_lidar])
+        return bool(points.any() and points[on_disk(root, index.image_files).all(axis=1)].all())
 
     def labels_of(self, frame):
         return self.index.labels[slice(*self.index.box_offsets[frame : frame + 2])]
@@ -93,6 +120,9 @@ class NuScenesDataset(DrivingDataset):
         scenes = samples_of_scenes(self.root, self.version)
         indices = {name: [index_of[t] for t in tokens if t in index_of] for name, tokens in scenes.items()}
         return {name: of_scene for name, of_scene in indices.items() if of_scene}
+
+    def tokens(self):
+        return [token.decode() for token in self.index.tokens]
 
     def fingerprint(self):
         return tables_state(self.root, self.version)
@@ -108,24 +138,60 @@ class NuScenesDataset(DrivingDataset):
             where = f"{self.root / self.version} {self.split}"
             raise DataError(f"{where} has frames without lidarseg labels; unpack nuScenes-lidarseg in {self.root}.")
 
+    def with_occupancy(self, labels=True, verbose=True):
+        """This dataset with occupancy labels. Those of a synthetic city without any are made first."""
+        dataset = copy.copy(self)
+        dataset.occupancy_index, dataset.occupancy_labels = load_occupancy(self.root, self.version, self.split), labels
+        if not labels:
+            return dataset
+        files = dataset.occupancy_index.files[self.frames]
+        present = self._are_labeled(files)
+        if not present.all() and is_synthetic(self.root):
+            add_occupancy(self.root)
+            present = self._are_labeled(files)
+        if not present.any():
+            raise DataError(
+                f"{self.root} has no occupancy labels, such as {files[0].decode()}; unpack gts of Occ3D-nuScenes there."
+            )
+        if verbose and not present.all():
+            where, missing = f"{self.root / self.version} {self.split}", files[~present]
+            _report(f"{where}: {len(missing)} frames are left out; without labels, such as {missing[0].decode()}")
+        dataset.frames = self.frames[present]
+        return dataset
+
+    def _are_labeled(self, files):
+        """Which of the occupancy labels exist, [F] bool. Each has a folder of its own: those that do not exist, as
+        their parent says, are not listed."""
+        present = on_disk(self.root, np.char.rpartition(files, b"/")[:, 0])
+        present[present] = on_disk(self.root, files[present])
+        return present
+
+    def lidar_origins(self):
+        pairs = zip(self.tokens(), self.occupancy_index.origins, strict=True)
+        return {token: of_frame[~np.isnan(of_frame[:, 0])] for token, of_frame in pairs}
+
     def load(self, frame):
         index = self.index
-        files, sizes, intrinsics, lidar2camera = self._views(frame)
-        images, scales = [], np.empty((len(files), 4, 4))
-        read = self._read_image if self.pixels else self._image_without_pixels
-        for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
-            image, scales[view] = read(file, *size.tolist())
-            images.append(image)
-        clouds = self._read_points(index.frame_lidar[frame])
+        images, lidar2camera, lidar2image = self._read_views(*self._views(frame))
+        source_images, lidar2source = None, None
+        if self.source_index is not None:
+            views = (getattr(self.source_index, name)[frame] for name in VIEW_FIELDS)
+            source_images, _, lidar2source = self._read_views(*views)
+        clouds, sweep_origins = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
-        if index.lidarseg_files[frame]:
+        if index.lidarseg_files[frame] and self.data.sweeps:
             point_labels = np.zeros(len(points), np.uint8)
             point_labels[: len(clouds[0])] = self._read_labels(frame, len(clouds[0]))
         b = slice(*index.box_offsets[frame : frame + 2])
+        occupancy, ego2lidar = None, None
+        if self.occupancy_index is not None:
+            ego2lidar = self.occupancy_index.ego2lidar[frame].astype(np.float32)
+            if self.occupancy_labels:
+                occupancy = read_occupancy(self._path(self.occupancy_index.files[frame]))
         return Sample(
             images=images,
-            lidar2image=(scales @ intrinsics @ lidar2camera).astype(np.float32),
-            lidar2camera=lidar2camera.astype(np.float32),
+            lidar2image=lidar2image,
+            lidar2camera=lidar2camera,
             points=points,
             point_labels=point_labels,
             boxes=index.boxes[b],
@@ -133,17 +199,60 @@ class NuScenesDataset(DrivingDataset):
             token=index.tokens[frame].decode(),
             frame_lags=self._frame_lags(frame),
             cameras=tuple(name.decode() for name in index.cameras) if self.data.cameras else (),
+            source_images=source_images,
+            lidar2source=lidar2source,
+            features=self._read_features(frame),
+            occupancy=occupancy,
+            ego2lidar=ego2lidar,
+            sweep_origins=sweep_origins,
         )
+
+    def _read_features(self, frame):
+        """`Sample.features`."""
+        if self.data.features is None:
+            return None
+        folder, channels, features = self.root / self.data.features, self.data.feature_channels, []
+        for file, size in zip(self.index.image_files[frame].tolist(), self.index.image_sizes[frame], strict=True):
+            features.append(read_features(folder, file.decode(), size.tolist(), channels))
+            channels = features[-1].shape[2]
+        return features
+
+    def _check_features(self):
+        """Raises `DataError` unless the images of all `frames` have features."""
+        if self.data.features is None:
+            return
+        folder, images = self.root / self.data.features, self.index.image_files[self.frames].ravel().tolist()
+        files = np.array([[name.encode() for name in feature_files(image.decode())] for image in images])
+        files = files.reshape(-1, 2)  # also without cameras
+        missing = files[~on_disk(folder, files).any(axis=1), 0]
+        if len(missing):
+            raise DataError(
+                f"{folder} has no features of {len(missing)} of {len(images)} images, such as {missing[0].decode()}; "
+                "write them as docs/data.md says, name another folder with --data.features (below the dataset's, or "
+                "absolute), or do without: --data.features None."
+            )
 
     def _views(self, frame):
         """(files [N], sizes [N, 2], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, in
         the order of `Batch`."""
-        names = ("image_files", "image_sizes", "intrinsics", "lidar2camera")
-        views = [getattr(self.index, name)[frame, : None if self.data.cameras else 0] for name in names]
+        views = [getattr(self.index, name)[frame, : None if self.data.cameras else 0] for name in VIEW_FIELDS]
         if self.camera_sweep_index is not None:
-            before = [getattr(self.camera_sweep_index, name)[frame, : self.data.camera_sweeps - 1] for name in names]
+            last = self.data.camera_sweeps - 1
+            before = [getattr(self.camera_sweep_index, name)[frame, :last] for name in VIEW_FIELDS]
             views = [np.concatenate([key, *frames]) for key, frames in zip(views, before, strict=True)]
         return views
+
+    def _read_views(self, files, sizes, intrinsics, lidar2camera):
+        """Images (of views without a file [0, 0, 3]), and float32 `lidar2camera` and `lidar2image`, of some views as
+        `_views` returns them."""
+        images, scales = [], np.tile(np.eye(4), (len(files), 1, 1))
+        read = self._read_image if self.pixels else self._image_without_pixels
+        for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
+            image = np.empty((0, 0, 3), np.uint8)
+            if file:
+                image, scales[view] = read(file, *size.tolist())
+            images.append(image)
+        return images, lidar2camera.astype(np.float32), (scales @ intrinsics @ lidar2camera).astype(np.float32)
 
     def _frame_lags(self, frame):
         """[S] float32 seconds, 0 first; None without camera sweeps."""
@@ -155,11 +264,16 @@ class NuScenesDataset(DrivingDataset):
 
     def _read_points(self, key):
         """List of [P, 5], columns as in `Batch.points`: the LiDAR scan in row `key` of the index, then the sweeps
-        before it in its scene, the latest first; all in the LiDAR frame of `key`."""
+        before it in its scene, the latest first; all in the LiDAR frame of `key`. No file is read for 0 sweeps. And
+        `Sample.sweep_origins`."""
         index = self.index
+        if not self.data.sweeps:
+            return [np.empty((0, 5), np.float32)], None
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]
+        origins = np.zeros((self.data.sweeps, 4), np.float32)
+        origins[1:, 3] = -1  # no such sweep, unless one is read below
         while len(clouds) < self.data.sweeps and sweep >= 0:
             points = _load_points(self._path(index.lidar_files[sweep]))
             x, y = np.abs(points[:, :2]).T
@@ -167,9 +281,10 @@ class NuScenesDataset(DrivingDataset):
             to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
             points[:, :3] = points[:, :3] @ to_key[:3, :3].T + to_key[:3, 3]
             points[:, 4] = 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
+            origins[len(clouds)] = *to_key[:3, 3], 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
             clouds.append(points)
             sweep = index.lidar_prev[sweep]
-        return clouds
+        return clouds, origins
 
     def _read_labels(self, frame, count):
         """[count] uint8 lidarseg class 0-16 of the keyframe's points."""
@@ -241,7 +356,7 @@ class NuScenesDataset(DrivingDataset):
         """{kind: [F, number]} the files that `load` reads for each of `frames`; two kinds are named as flags of `Data`.
 
         Where the tables have no such sweep or labels, the keyframe's LiDAR file, needed anyway, is listed instead;
-        where they have no image, an empty name.
+        where they have no such source, the keyframe's first image; where they have no image, an empty name.
         """
         index, frames, data = self.index, self.frames, self.data
         key = index.frame_lidar[frames]
@@ -252,13 +367,19 @@ class NuScenesDataset(DrivingDataset):
         lidar = index.lidar_files[np.stack(chain, axis=1)]
         labels = index.lidarseg_files[frames, None]
         labels = np.where(labels == b"", lidar[:, :1], labels)
+        if not data.sweeps:
+            lidar, labels = lidar[:, :0], labels[:, :0]
         images = index.image_files[frames, : None if data.cameras else 0]
         sweep_images = images[:, :0]  # none
         if self.camera_sweep_index is not None:
             sweep_images = self.camera_sweep_index.image_files[frames, : data.camera_sweeps - 1]
             sweep_images = sweep_images.reshape(len(frames), -1)
+        sources = images[:, :0]
+        if self.source_index is not None:
+            sources = self.source_index.image_files[frames]
+            sources = np.where(sources == b"", images[:, :1], sources)  # the scene has no such frame
         keyframe = np.concatenate([lidar[:, :1], labels, images], axis=1)
-        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images}
+        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images, "sources": sources}
 
 
 def _load_bytes(path):

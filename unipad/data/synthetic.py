@@ -3,13 +3,16 @@
     python -m unipad.data.synthetic --out data/synthetic                      # 10 scenes of 4.5 seconds
     python -m unipad.data.synthetic --out data/full --image-size 900 1600     # the real resolution
     python -m unipad.data.synthetic --out data/sweeps --camera-sweeps 2       # images between the keyframes too
+    python -m unipad.data.synthetic --out data/voxels --occupancy             # occupancy labels, in Occ3D's format
 
 Up to 10 scenes have the version and scene names of nuScenes mini, so that every tool knows their splits; more have the
 version `city` and a splits.json of their own. The vehicle and location of the logs, the descriptions of the scenes and
 a README.txt in the root say that the data is synthetic. unipad/data/city/ computes what is written.
 """
 
+import ast
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -26,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from unipad.data.city import rig
-from unipad.data.city.paint import Shadows, photograph
+from unipad.data.city.paint import Shadows, intensity, photograph
 from unipad.data.city.raycast import cast
 from unipad.data.city.records import (
     VERSIONS,
@@ -37,19 +40,23 @@ from unipad.data.city.records import (
     labels_file,
     make_tables,
     map_file,
+    occupancy_file,
     scene_names,
     scene_number,
     scene_of,
     splits_of,
     version_of,
 )
-from unipad.data.city.solids import CATEGORY
+from unipad.data.city.solids import CATEGORIES, CATEGORY
 from unipad.data.city.streets import PITCH, STREETS, City
 from unipad.errors import UserError
 from unipad.exit import exit_on_user_error, has_ended
 
 MAP_CELL = 0.1  # meters per pixel of the map, as the devkit assumes
 MAP_SQUARE = 4  # pixels: side of the squares, each of one color, of which the map consists
+FEATURES = 16  # channels of the features of the default city with features
+FEATURE_SQUARE = 4  # pixels: side of the squares that features are of
+LABELS_NEED = "scenes", "keyframes", "seed"  # settings on which occupancy labels and their files' names depend
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
@@ -84,6 +91,11 @@ class Args:
     """LiDAR sweeps before each keyframe but the first, at 20 Hz; 0 to 9."""
     camera_sweeps: int = 0
     """Frames of images before each keyframe but the first, at 12 Hz; 0 to 5."""
+    features: int = 0
+    """Channels of image features for the keyframes, in OUT/features, 0 to 1024: each class has a random vector, and a
+    square of 4 x 4 pixels the mean of its pixels' vectors."""
+    occupancy: bool = False
+    """Write occupancy labels too; `finetune.py --task occupancy` adds them to a city that has none."""
 
 
 class SettingError(UserError):
@@ -100,6 +112,8 @@ def generate(
     columns=360,
     sweeps=9,
     camera_sweeps=0,
+    features=0,
+    occupancy=False,
     progress=True,
 ):
     """Write a synthetic dataset and return its root.
@@ -119,6 +133,8 @@ def generate(
         columns,
         sweeps,
         camera_sweeps,
+        features,
+        occupancy,
     )
     _check(args)
     root = args.out.resolve()
@@ -150,13 +166,51 @@ def is_synthetic(root):
     return False
 
 
-def ensure_city(camera_sweeps=0):
-    """The root of the default dataset with that many `camera_sweeps`, which is generated if it does not exist yet."""
+def ensure_city(camera_sweeps=0, with_features=False):
+    """The root of the default dataset with that many `camera_sweeps`, and with `FEATURES` channels of features on
+    request, which is generated if it does not exist yet."""
     root = Path(f"data/synthetic-{camera_sweeps}-camera-sweeps" if camera_sweeps else "data/synthetic")
+    root = root.with_name(f"{root.name}-features") if with_features else root
     if not is_synthetic(root):
         print(f"no --data-root: generating a synthetic city in {root}, once", flush=True)
-        generate(root, camera_sweeps=camera_sweeps)
+        generate(root, camera_sweeps=camera_sweeps, features=FEATURES if with_features else 0)
     return root
+
+
+def add_occupancy(root, workers=None):
+    """Write the occupancy labels that a synthetic city lacks; its other files stay as they are.
+
+    workers: processes, as in `Args`. Raises SettingError if README.txt does not say how the city was made, or the files
+    cannot be written.
+    """
+    settings = {}
+    try:
+        for line in (root / "README.txt").read_text().splitlines():
+            name, _, value = line.partition(": ")
+            if name in Args.__dataclass_fields__:
+                try:
+                    settings[name] = ast.literal_eval(value)
+                except (ValueError, SyntaxError):
+                    raise SettingError(f'its README.txt says "{line}"') from None
+        if missing := [name for name in LABELS_NEED if name not in settings]:
+            raise SettingError(f"its README.txt does not say {', '.join(missing)}")
+        args = Args(out=root, workers=workers, **settings)
+        _check(args)
+        (root / "gts").mkdir(exist_ok=True)
+    except (OSError, ValueError, TypeError, SettingError) as error:
+        # with defaults in their place, another city would be generated
+        given = {name: settings.get(name, name.upper()) for name in dict.fromkeys([*LABELS_NEED, *settings])}
+        flags = " ".join(f"--{name.replace('_', '-')} {_as_flag(value)}" for name, value in given.items())
+        raise SettingError(
+            f"occupancy labels cannot be added to the synthetic city in {root} ({error}); generate it again, with the "
+            f"settings that it has: python -m unipad.data.synthetic --out {root} --occupancy {flags}."
+        ) from None
+    print(f"making occupancy labels of the synthetic city in {root}, once", flush=True)
+    _write_occupancy(args, root, progress=True)
+
+
+def _as_flag(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _check(args):
@@ -166,6 +220,7 @@ def _check(args):
         "columns": (16, 4096),
         "sweeps": (0, 9),
         "camera_sweeps": (0, 5),
+        "features": (0, 1024),
         "seed": (0, 2**32 - 1),
     }
     for name, (low, high) in limits.items():
@@ -185,14 +240,12 @@ def _check(args):
 
 def _write(args, root, progress):
     folders = [f"{kind}/{channel}" for kind in ("samples", "sweeps") for channel in (*rig.CAMERAS, rig.LIDAR)]
+    folders += [f"features/samples/{channel}" for channel in rig.CAMERAS if args.features]
     version = version_of(args)
     for folder in (*folders, "maps", version, f"lidarseg/{version}"):
         (root / folder).mkdir(parents=True)
     names = scene_names(args)
-    tasks = [(args, root, name, k) for name in names for k in range(args.keyframes)]
-    workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
-    with tqdm(total=len(tasks), desc="synthetic city", unit="keyframe", disable=not progress) as bar:
-        results = _render_all(tasks, workers, bar.update)
+    results = _of_keyframes(_render, args, root, "synthetic city", progress)
     censuses = {name: results[i * args.keyframes : (i + 1) * args.keyframes] for i, name in enumerate(names)}
     for name, records in make_tables(args, censuses).items():
         (root / version / f"{name}.json").write_text(json.dumps(records, indent=0))
@@ -200,22 +253,36 @@ def _write(args, root, progress):
         (root / version / "splits.json").write_text(json.dumps(splits_of(args), indent=0))
     for district in districts_of(args):
         _draw_map(args, root, district)
-    settings = "\n".join(f"{name}: {value}" for name, value in vars(args).items() if name not in ("out", "workers"))
+    without = ("out", "workers", "occupancy")  # the last: labels can be added later, and no file changes then
+    settings = "\n".join(f"{name}: {value}" for name, value in vars(args).items() if name not in without)
     (root / "README.txt").write_text(README.format(settings=settings))
+    if args.occupancy:
+        _write_occupancy(args, root, progress)
 
 
-def _render_all(tasks, workers, done):
-    """The results of `_render` for all tasks, in their order; calls `done` after each.
+def _write_occupancy(args, root, progress):
+    _of_keyframes(_label, args, root, "occupancy labels", progress)
 
-    If a worker dies, as when memory is short, rendering continues with half as many, and finally in this process.
+
+def _of_keyframes(work, args, root, title, progress):
+    """The results of `work` for all keyframes, scene by scene, from several processes."""
+    tasks = [(args, root, name, k) for name in scene_names(args) for k in range(args.keyframes)]
+    workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
+    with tqdm(total=len(tasks), desc=title, unit="keyframe", disable=not progress) as bar:
+        return _run_all(work, tasks, workers, bar.update)
+
+
+def _run_all(work, tasks, workers, done):
+    """The results of `work` for all tasks, in their order; calls `done` after each.
+
+    If a worker dies, as when memory is short, the work continues with half as many, and finally in this process.
     """
     results = []
     while workers > 1 and len(results) < len(tasks):
         others = set(multiprocessing.active_children())
-        # Ctrl-C reaches every process of the terminal: workers ignore it, and this process ends them
-        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (work,)) as pool:
             processes = set(multiprocessing.active_children()) - others
-            rendered = pool.imap(_render, tasks[len(results) :])
+            rendered = pool.imap(work, tasks[len(results) :])
             while len(results) < len(tasks):
                 try:
                     results.append(rendered.next(timeout=1))
@@ -226,9 +293,18 @@ def _render_all(tasks, workers, done):
                         break
         workers //= 2
     for task in tasks[len(results) :]:
-        results.append(_render(task))
+        results.append(work(task))
         done()
     return results
+
+
+def _start_worker(work):
+    # Ctrl-C reaches every process of the terminal: workers ignore it, and their parent ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if work is _label:
+        import torch
+
+        torch.set_num_threads(1)  # else every worker would use all cores
 
 
 @lru_cache(maxsize=1)
@@ -244,10 +320,16 @@ def _render(task):
     for channel in rig.CAMERAS:
         for stamp, is_key in frames_of(args, channel, k):  # stamp: microseconds since the start of the scene
             view, solids = rig.camera_view(scene, channel, args.image_size, stamp / 1e6), scene.solids(stamp / 1e6)
-            image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
-            path = root / data_file(name, channel, stamp, is_key)
+            surfaces = cast(view, solids)  # distance and hit of every pixel
+            image = photograph(scene, view, solids, *surfaces, _shadows(scene).at(solids))
+            file = data_file(name, channel, stamp, is_key)
             _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-            path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
+            # `write_bytes` raises an error if the disk is full; OpenCV's and NumPy's writers do not
+            (root / file).write_bytes(jpeg)
+            if args.features and is_key:
+                _, category = intensity(scene.city, view, solids, *surfaces)
+                np.save(npy := io.BytesIO(), class_features(category.reshape(view.shape), args.features))
+                (root / "features" / file).with_suffix(".npy").write_bytes(npy.getvalue())
     for stamp, is_key in frames_of(args, rig.LIDAR, k):
         # 5: number of the random stream; the streets and the traffic have 1 to 4
         rng = np.random.default_rng([args.seed, 5, scene_number(name), stamp])
@@ -256,6 +338,41 @@ def _render(task):
     # `stamp` and `scan` are now the keyframe's, which is the last frame of the loop
     (root / labels_file(args, name, stamp)).write_bytes(scan.category.tobytes())
     return rig.census(scene, stamp / 1e6, args.columns, scan)
+
+
+def class_features(category, channels):
+    """[h / 4, w / 4, channels] float16 features of an image whose pixels have `category` [h, w], 0 for the sky.
+
+    The vectors of the classes have length 1 and depend on nothing but `channels`. At the right and at the bottom,
+    squares may have fewer pixels.
+    """
+    vectors = np.random.default_rng(channels).standard_normal((len(CATEGORIES), channels))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pixels = vectors[category].astype(np.float32)
+    starts = [np.arange(0, size, FEATURE_SQUARE) for size in category.shape]
+    ones = np.ones((*category.shape, 1), np.float32)
+    sums, counts = (np.add.reduceat(np.add.reduceat(a, starts[0], axis=0), starts[1], axis=1) for a in (pixels, ones))
+    return (sums / counts).astype(np.float16)
+
+
+def _label(task):
+    """Write the occupancy labels of a keyframe, unless they exist."""
+    from unipad.data.city.occupancy import occupancy_labels  # imports torch, which no other file of the city needs
+
+    args, root, name, k = task
+    file = root / occupancy_file(args, name, k)
+    if file.exists():
+        return
+    stamps = {channel: frames_of(args, channel, k)[-1][0] / 1e6 for channel in (*rig.CAMERAS, rig.LIDAR)}
+    time, keyframes = stamps.pop(rig.LIDAR), [frames_of(args, rig.LIDAR, i)[-1][0] / 1e6 for i in range(args.keyframes)]
+    arrays = occupancy_labels(scene_of(args, name), time, keyframes, stamps)
+    of_scene = file.parent.parent
+    of_scene.mkdir(parents=True, exist_ok=True)
+    unfinished = of_scene / f".{file.parent.name}.{os.getpid()}"
+    with open(unfinished, "wb") as opened:
+        np.savez_compressed(opened, **arrays)
+    file.parent.mkdir(exist_ok=True)
+    unfinished.replace(file)
 
 
 def _draw_map(args, root, district):

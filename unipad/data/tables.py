@@ -5,11 +5,22 @@ The devkit reads the tables once (half a minute and several GB of memory for ful
 
 import os
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from unipad.data.cache import cache_paths, read_arrays, write_arrays
 from unipad.data.dataset import DataError
-from unipad.data.index import FORMAT, CameraSweeps, Index, build_camera_sweeps, build_index
+from unipad.data.index import (
+    FORMAT,
+    CameraSweeps,
+    Index,
+    OccupancyIndex,
+    SourceFrames,
+    build_camera_sweeps,
+    build_index,
+    build_occupancy,
+    build_source_frames,
+)
 from unipad.data.schema import open_tables, read_table
 from unipad.data.splits import SPLITS, check_scenes, custom_splits, splits_of
 
@@ -78,6 +89,17 @@ def load_index(root: Path, version: str, split: str) -> Index:
 def load_camera_sweeps(root: Path, version: str, split: str) -> CameraSweeps:
     """The `CameraSweeps` of a split, cached like the index of `load_index`."""
     return _load(CameraSweeps, build_camera_sweeps, root, version, split, "-camera-sweeps")
+
+
+def load_source_frames(root: Path, version: str, split: str, offsets: tuple[int, ...]) -> SourceFrames:
+    """The `SourceFrames` at some offsets of a split, cached like the index of `load_index`."""
+    ending = "-sources" + "".join(f"{offset:+d}" for offset in offsets)
+    return _load(SourceFrames, partial(build_source_frames, offsets=offsets), root, version, split, ending)
+
+
+def load_occupancy(root: Path, version: str, split: str) -> OccupancyIndex:
+    """The `OccupancyIndex` of a split, cached like the index of `load_index`."""
+    return _load(OccupancyIndex, build_occupancy, root, version, split, "-occupancy")
 
 
 def _load(kind, build, root, version, split, ending=""):

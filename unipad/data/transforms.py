@@ -61,15 +61,24 @@ def apply_transform(sample, transform: np.ndarray):
 
     Images do not change: the new projections map the new points to the same pixels and the same depths along the
     optical axis, in meters that are not scaled. Lengths in the new LiDAR frame are scaled, also those along rays.
+    Occupancy labels do not change either: the new `ego2lidar` leads from them to the new LiDAR frame.
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
     points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]
+    if sample.lidar2source is not None:
+        sample = replace(sample, lidar2source=(sample.lidar2source.astype(np.float64) @ inverse).astype(np.float32))
+    origins = sample.sweep_origins
+    if origins is not None:
+        moved = origins[:, :3] @ transform[:3, :3].T + transform[:3, 3]
+        origins = np.concatenate([moved, origins[:, 3:]], axis=1, dtype=np.float32)
     return replace(
         sample,
         points=points,
+        sweep_origins=origins,
         boxes=transform_boxes(sample.boxes, transform),
         lidar2image=(sample.lidar2image.astype(np.float64) @ inverse).astype(np.float32),
         lidar2camera=(sample.lidar2camera.astype(np.float64) @ inverse).astype(np.float32),
+        ego2lidar=None if sample.ego2lidar is None else (transform @ sample.ego2lidar).astype(np.float32),
     )
 
 

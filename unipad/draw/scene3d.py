@@ -9,13 +9,14 @@ import matplotlib
 import numpy as np
 import torch
 
-from unipad.batch import Batch
+from unipad.batch import FREE, Batch
 from unipad.boxes import box_corners
 from unipad.draw.boxes import COLORS as BOX_COLORS
 from unipad.draw.boxes import SKELETON
 from unipad.draw.segments import COLORS as POINT_COLORS
 from unipad.draw.views import FAR, PANORAMA, panorama_rays
 from unipad.model.detect import Detections
+from unipad.model.occupancy import voxel_centers
 from unipad.model.pretrain import Pretrain
 
 MAX_POINTS = 20_000  # per 3D view; of more points, every k-th is drawn
@@ -44,11 +45,15 @@ class Mesh:
 
 @torch.no_grad()
 def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator], stride: int = 1) -> Mesh:
-    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black).
+    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black); without the
+    surface if no loss casts rays.
 
     generators: one per sample, for the masks of the encoder's input.
     stride:     degrees between rendered rays.
     """
+    seen = point_mesh(batch), box_mesh(batch.boxes[: batch.box_counts[0]], TRUTH)
+    if not model.recipe.render.renders:
+        return joined(*seen)
     was_training = model.training
     model.eval()
     volume, _ = model.encode(batch, generators)
@@ -57,7 +62,7 @@ def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generat
     model.train(was_training)
     ends = rays.origins + rays.directions * depth[:, None]
     strip = surface_mesh(ends.cpu().numpy(), columns=-(-PANORAMA[1] // stride))
-    return joined(strip, point_mesh(batch), box_mesh(batch.boxes[: batch.box_counts[0]], TRUTH))
+    return joined(strip, *seen)
 
 
 def detected_scene(batch: Batch, detections: Detections, min_score: float = 0.3) -> Mesh:
@@ -73,11 +78,23 @@ def segmented_scene(batch: Batch, classes: torch.Tensor) -> Mesh:
     return point_mesh(batch, POINT_COLORS[classes.cpu().numpy()])
 
 
+def occupied_scene(batch: Batch, classes: torch.Tensor) -> Mesh:
+    """The full voxels of predicted `classes` [X, Y, Z] of the first sample in their colors, in the LiDAR frame."""
+    full = (classes.flatten() != FREE).nonzero()[:, 0]
+    matrix = batch.ego2lidar[0].to(full.device)
+    centers = torch.stack(voxel_centers(full), dim=1) @ matrix[:3, :3].T + matrix[:3, 3]
+    return triangles(centers.cpu().numpy(), POINT_COLORS[classes.flatten()[full].cpu().numpy()])
+
+
 def point_mesh(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
     """The keyframe's LiDAR points of the first sample, a small triangle each. colors: [K, 3] in [0, 1]; None: gray."""
     points = batch.points[: batch.point_counts[0]]
     points = points[points[:, 4] == 0, :3].cpu().numpy()  # [K, 3] without points of sweeps, which have a time lag
-    colors = np.full(points.shape, GRAY) if colors is None else colors
+    return triangles(points, np.full(points.shape, GRAY) if colors is None else colors)
+
+
+def triangles(points: np.ndarray, colors: np.ndarray) -> Mesh:
+    """Points [K, 3], a small triangle each, in `colors` [K, 3] in [0, 1]; thinned to at most `MAX_POINTS`."""
     thinned = slice(None, None, -(-len(points) // MAX_POINTS) or 1)
     points, colors = points[thinned], colors[thinned]
     vertices = points[:, None] + POINT_SIZE * TRIANGLE  # [K, 3, 3]

@@ -1,5 +1,7 @@
 """Pictures of the classes of LiDAR points: in bird's-eye view, and over the camera images; ground truth on top."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -41,6 +43,24 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     if batch.point_labels is not None:
         truth = batch.point_labels[: batch.point_counts[0]][is_keyframe].cpu().numpy()
         rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
+
+    def from_above(axis, classes, name):
+        _from_above(axis, points, classes, name)
+
+    def in_camera(axis, image, lidar2image, classes):
+        _in_camera(axis, image, lidar2image, points, classes)
+
+    return rows_of_views(batch, rows, from_above, in_camera, width)
+
+
+def rows_of_views(batch: Batch, rows: dict, from_above: Callable, in_camera: Callable, width: int) -> np.ndarray:
+    """A picture [H, W, 3] uint8 of `rows`, name -> classes to draw: each in bird's-eye view and in the cameras, if any;
+    with a legend of the colors below.
+
+    batch:      from `Batch.keyframe()`. width: of each camera's picture, in pixels.
+    from_above: draws the left view: called with an axis, the classes and the name.
+    in_camera:  draws a camera: called with an axis, its image [h, w, 3], its lidar2image [4, 4] and the classes.
+    """
     height, cameras_width = camera_area(batch, width)  # pixels, in each of `rows`
     height = max(height, MIN_SIDE) if cameras_width else 2 * width  # the bird's-eye view is a square
     size = height + cameras_width, len(rows) * height + LEGEND_HEIGHT
@@ -51,10 +71,10 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     for row_figure, (name, classes) in zip(row_figures, rows.items(), strict=True):
         widths = [height, cameras_width] if cameras_width else [height]
         bev, *cameras = row_figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        _from_above(bev.subplots(), points, classes, name)
+        from_above(bev.subplots(), classes, name)
         for subfigure in cameras:  # one, or none
             for axis, image, lidar2image in camera_axes(subfigure, batch, fontsize=8):
-                _in_camera(axis, image, lidar2image, points, classes)
+                in_camera(axis, image, lidar2image, classes)
     handles = [
         Line2D([], [], color=color, label=label, marker="o", linestyle="")
         for color, label in zip(COLORS[1:], LIDARSEG_CLASSES, strict=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from unipad.batch import Batch
+from unipad.draw.carving import carved_figure
 from unipad.errors import UserError
 from unipad.model.mask import MASK_PATCH
 from unipad.model.pretrain import Pretrain
@@ -33,7 +35,8 @@ def rendered_views(
     model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
 ) -> np.ndarray:
     """The batch's first sample in rows: images, their unmasked patches, rendered color, LiDAR depth, unmasked voxels,
-    rendered depth and, on request, normals. One column per camera; without cameras, one panorama from the LiDAR.
+    rendered depth and, on request, normals. One column per camera; without cameras, one panorama from the LiDAR. If no
+    loss casts rays, nothing is rendered. Below, with the loss `occupancy`, `carved_figure`.
 
     generators: one per sample, for the masks of the encoder's input; None: no masking.
     stride:     pixels between rendered rays of a camera.
@@ -43,10 +46,11 @@ def rendered_views(
     was_training = model.training
     model.eval()
     volume, masks = model.encode(batch, generators)
-    batch = batch.keyframe()
-    has_images = batch.images.shape[1] > 0
-    rendered = _rendered(model, volume, batch, stride) if has_images else _rendered_panorama(model, volume)
-    rgb, depth, normal = rendered
+    batch = replace(batch.keyframe(), features=None)  # not drawn: they would be read at every pixel
+    has_images, renders = batch.images.shape[1] > 0, model.recipe.render.renders
+    if renders:
+        rendered = _rendered(model, volume, batch, stride) if has_images else _rendered_panorama(model, volume)
+        rgb, depth, normal = rendered
     model.train(was_training)
 
     sizes, project = [PANORAMA], _onto_panorama
@@ -70,13 +74,18 @@ def rendered_views(
     if model.renders_color(batch):
         add("rendered", rgb, step)
     points = batch.points[: batch.point_counts[0]]
-    add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))  # of the keyframe, not of sweeps
+    if len(points) or not renders:  # without renderings, the picture's color bar is this row's
+        add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))  # of the keyframe, not of sweeps
     if "lidar" in masks:
         add("voxels, as the encoder sees them", project(batch, _centers(model.recipe, masks["lidar"])))
-    add("rendered depth", depth, step)
-    if normals:
+    if renders:
+        add("rendered depth", depth, step)
+    if renders and normals:
         add("rendered normals", (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0), step)
-    return _sheet(rows, camera_names(batch) if has_images else ["all around the LiDAR"], width)
+    sheet = _sheet(rows, camera_names(batch) if has_images else ["all around the LiDAR"], width)
+    if model.carving is None:
+        return sheet
+    return np.concatenate([sheet, picture_of(carved_figure(model.carving, volume, batch, sheet.shape[1] / DPI, DPI))])
 
 
 def camera_names(batch: Batch) -> Sequence[str]:
@@ -183,7 +192,7 @@ def _sheet(rows, titles, width):
         figure.text((left - 6) / W, middle, lines, rotation=90, ha="right", va="center")
     for x, title in zip(xs, titles, strict=True):
         figure.text((x + width / 2) / W, 1 - top / 2 / H, title, ha="center", va="center")
-    y = ys[list(rows).index("rendered depth")]
+    y = ys[list(rows).index("rendered depth" if "rendered depth" in rows else "LiDAR depth")]
     bar = figure.add_axes((1 - (right - 6) / W, 1 - (y + height) / H, 12 / W, height / H))
     figure.colorbar(ScalarMappable(Normalize(0, FAR), colors), bar, label="meters")
     return picture_of(figure)

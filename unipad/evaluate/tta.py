@@ -65,6 +65,9 @@ def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
         points=points,
         lidar2image=(batch.lidar2image.double() @ back).to(batch.lidar2image.dtype),
         lidar2camera=(batch.lidar2camera.double() @ back).to(batch.lidar2camera.dtype),
+        sweep_origins=None,  # for a loss alone, as the points beyond
+        points_beyond=None,
+        beyond_counts=None,
     )
 
 

@@ -23,4 +23,5 @@ detect.py    detection heads on the volume
 decoder.py   the transformer decoder of the detection heads
 targets.py   Hungarian assignment and detection losses
 segment.py   segmentation of LiDAR points, and its losses
+occupancy.py occupancy of voxels: an MLP on the volume, and its losses
 """

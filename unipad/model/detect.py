@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unipad.batch import Batch
 from unipad.boxes import CODE_SIZE, decode_boxes, footprint
-from unipad.config import Detect, DetectRecipe, Grid
+from unipad.config import Detect, DetectRecipe, Grid, LidarConfig
 from unipad.kernels.rotated_iou import rotated_nms
 from unipad.model.decoder import DecoderLayer, sample_volume
 from unipad.model.depth import depth_loss
@@ -65,7 +65,8 @@ class Detector(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(recipe)
-        if recipe.lidar is not None and recipe.lidar.learnable_token:  # nothing is masked here, so it gets no gradient
+        # nothing is masked here, so it gets no gradient
+        if isinstance(recipe.lidar, LidarConfig) and recipe.lidar.learnable_token:
             self.encoder.lidar.mask_token.requires_grad_(False)
         self.head = Head(recipe.detect, recipe.grid, self.encoder.channels)
 

@@ -102,5 +102,8 @@ class Decoder(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """The parameters as `unipad.kernels.sdf_render` takes them: fc_p's, then fc_c's and lin's of each layer."""
-        layers = [layer for l, fc in enumerate(self.fc_c) for layer in (fc, getattr(self, f"lin{l}"))]
-        return [t for layer in (self.fc_p, *layers) for t in (layer.weight, layer.bias)]
+        # from the dictionaries: of a module, reading an attribute that is a parameter takes a microsecond
+        own = self._modules
+        layers = [layer for l, fc in enumerate(own["fc_c"]) for layer in (fc, own[f"lin{l}"])]
+        parameters = [layer._parameters for layer in (own["fc_p"], *layers)]
+        return [t for of_layer in parameters for t in (of_layer["weight"], of_layer["bias"])]

@@ -21,9 +21,11 @@ from unipad.model.sparse import (
     ConvNormReLU,
     SparseBlock,
     SparseConv3d,
+    SparseStage,
     SparseTensor,
     SubMConv3d,
     VoxelSet,
+    convolutions_with_tables,
     in_fp32,
     make_tables,
     rounded_weights,
@@ -126,18 +128,19 @@ class SparseEncoder(nn.Module):
         self.conv_input = ConvNormReLU(SubMConv3d(in_channels, widths[0], 3, bias=False))
         self.encoder_layers = nn.Sequential()
         for i, width in enumerate(widths):
-            stage = nn.Sequential(*[SparseBlock(width) for _ in range(blocks)])
+            stage = SparseStage(*[SparseBlock(width) for _ in range(blocks)])
             if i < len(widths) - 1:
                 # the last strided convolution is not padded in z: its 2 L + 1 slices become the L of the volume
                 padding = (0, 1, 1) if i == len(widths) - 2 else 1
                 stage.append(ConvNormReLU(SparseConv3d(width, widths[i + 1], 3, 2, padding, bias=False)))
             self.encoder_layers.add_module(f"encoder_layer{i + 1}", stage)
         self.conv_out = ConvNormReLU(SparseConv3d(widths[-1], out_channels, 1, bias=False))
+        self.convs = convolutions_with_tables(self.encoder_layers)  # a list: not registered a second time
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Returns a SparseTensor at 1 / 2^(stages - 1) of the resolution."""
         x = in_fp32(self.conv_input, x)
-        with rounded_weights(self.encoder_layers):
+        with rounded_weights(self.convs):
             return self.conv_out(self.encoder_layers(x))
 
 

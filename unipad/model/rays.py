@@ -4,7 +4,7 @@ A candidate for a ray is (u, v, z): a pixel and its depth along the optical axis
 Choosing rays never waits for the GPU: candidates that must not be chosen get rank 0, they are not removed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,12 +25,18 @@ class Rays:
     depth: Tensor  # [R] distance along the ray to the LiDAR point, -1: unknown
     rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]; 0 for rays from the LiDAR; [R, 0] in a batch without pixels
     volume_idx: Tensor  # [R] int32 the sample whose volume the ray crosses
+    features: Tensor | None = None  # [R, F] of the pixel; None for rays from the LiDAR and where a batch has none
 
     def __len__(self) -> int:
         return len(self.depth)
 
     def __getitem__(self, rows) -> "Rays":
-        return Rays(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return self.each(lambda tensor: tensor[rows])
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Rays":
+        """The rays with `function` applied to every tensor."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rays(**{name: None if t is None else function(t) for name, t in named.items()})
 
 
 def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generator]) -> Rays:
@@ -39,14 +45,19 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
     dilation: every `cfg.dilation`-th pixel of every `cfg.dilation`-th row, in random order.
-    With random and dilation, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
+    patch:    squares of `cfg.patch` x `cfg.patch` pixels, `cfg.patch_step` apart, uniformly with replacement, below
+              `cfg.sky` and `cfg.patch_margin` away from borders; patch after patch, each row by row. Unlike the
+              others', these rays go through pixels' centers. In an image that is too small, patches are cut off: they
+              repeat its last pixels.
+    With random, dilation and patch, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
 
     batch:      its `point_counts` are read on the host.
     generators: one per sample, on the batch's device. A sample's rays depend only on its own generator.
 
-    Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image), sample after
-    sample, view after view. In a view with fewer candidates, some rays are repeated.
+    Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image; patch: those of
+    whole patches), sample after sample, view after view. In a view with fewer candidates, some rays are repeated.
     Without cameras: B * 6 * per_view rays from the LiDAR to points, as `lidar_rays`, whatever the strategy.
+    Raises `UserError` for patches that fit into no image of the batch.
     """
     if not batch.images.shape[1]:
         return lidar_rays(batch, cfg, cfg.per_view, generators)
@@ -67,10 +78,14 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
             pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.dilation)
             chosen = _draw(pixels, 1 * inside, pixels.shape[1], generators[b])
             chosen = _with_lidar_depth(chosen[..., :2], projected, visible, H, W)
+        elif cfg.strategy == "patch":
+            cfg.check_room(H, W)
+            chosen = _patches(batch.image_sizes[b], cfg, generators[b])
+            chosen = _with_lidar_depth(chosen, projected, visible, H, W)
         else:
-            raise ValueError(f"no ray strategy {cfg.strategy!r}: choose depth, random or dilation")
+            raise ValueError(f"no ray strategy {cfg.strategy!r}: choose depth, random, dilation or patch")
         parts.append(cast_rays(batch, b, chosen))
-    return _concatenated(parts)
+    return concatenated(parts)
 
 
 def rays_per_sample(batch: Batch, cfg: RayChoice) -> int:
@@ -78,7 +93,8 @@ def rays_per_sample(batch: Batch, cfg: RayChoice) -> int:
     _, N, _, H, W = batch.images.shape
     if N and cfg.strategy == "dilation":
         return N * -(-H // cfg.dilation) * -(-W // cfg.dilation)
-    return (N or len(CAMERAS)) * cfg.per_view  # without images, the LiDAR casts as many rays as six cameras
+    per_view = cfg.per_view // cfg.patch**2 * cfg.patch**2 if N and cfg.strategy == "patch" else cfg.per_view
+    return (N or len(CAMERAS)) * per_view  # without images, the LiDAR casts as many rays as six cameras
 
 
 def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence[torch.Generator]) -> Rays:
@@ -93,11 +109,11 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
             allowed = _between_radii(points, cfg) & (points[:, 4] == 0)  # time lag 0: the keyframe's
             targets = _draw(points[None, :, :3], 1 * allowed[None], len(CAMERAS) * per_view, generators[b])
             parts.append(rays_from_lidar(targets[0], b))
-        return _concatenated(parts)
+        return concatenated(parts)
     parts = []
     for b, (projected, visible) in enumerate(_lidar_in_views(batch, cfg)):
         parts.append(cast_rays(batch, b, _draw(projected, 1 * visible, per_view, generators[b])))
-    return _concatenated(parts)
+    return concatenated(parts)
 
 
 def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
@@ -176,7 +192,8 @@ def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
 
     chosen: [N, K, 3] u, v inside the image, and depth along the optical axis in meters, 0 = unknown.
 
-    Returns N * K rays, view after view. Their color is that of the pixel at the truncated coordinates.
+    Returns N * K rays, view after view. Their color is that of the pixel at the truncated coordinates, their features,
+    where the batch has some, are interpolated at the coordinates.
     """
     N, K, _ = chosen.shape
     known = chosen[..., 2] > 0
@@ -193,15 +210,40 @@ def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
         depth=distance.where(known, -1.0),
         rgb=batch.images[sample].permute(0, 2, 3, 1)[view, v, u],
         volume_idx=torch.full((N, K), sample, dtype=torch.int32, device=chosen.device),
+        features=None if batch.features is None else features_at(batch, sample, chosen[..., :2]),
     )
-    return Rays(**{f.name: getattr(rays, f.name).flatten(0, 1) for f in fields(Rays)})
+    return rays.each(lambda tensor: tensor.flatten(0, 1))
+
+
+def features_at(batch: Batch, sample: int, pixels: Tensor) -> Tensor:
+    """Features [N, K, F] fp32 of one sample's images at pixels [N, K, 2] u, v, which need not be whole numbers.
+
+    An image's features are those of h x w equal parts of it, each at the middle of its part: bilinear between these,
+    constant beyond the outermost.
+    """
+    maps, view = batch.features[sample], torch.arange(len(pixels), device=pixels.device)[:, None]
+    # [N, 1, 2] x, y
+    sizes, image_sizes = (s[sample].flip(-1)[:, None] for s in (batch.feature_sizes, batch.image_sizes))
+    at = pixels * (sizes / image_sizes) - 0.5
+    low = at.floor()
+    weight = (at - low)[..., None]  # [N, K, 2, 1] of the upper neighbor
+    (x0, y0), (x1, y1) = (p.long().clamp(min=0).minimum(sizes - 1).unbind(-1) for p in (low, low + 1))
+    top = torch.lerp(maps[view, y0, x0].float(), maps[view, y0, x1].float(), weight[:, :, 0])
+    bottom = torch.lerp(maps[view, y1, x0].float(), maps[view, y1, x1].float(), weight[:, :, 0])
+    return torch.lerp(top, bottom, weight[:, :, 1])
 
 
 def lidar_points(batch: Batch, cfg: RayChoice) -> tuple[Tensor, Tensor]:
     """All points [P, 3] meters, and [P] int32 the sample of each, -1 for points not between the two radii of `cfg`."""
-    sample = torch.arange(len(batch), dtype=torch.int32).repeat_interleave(batch.point_counts)
-    sample = sample.to(batch.points.device, non_blocking=True)
+    sample = samples_of(batch.point_counts, batch.points.device)
     return batch.points[:, :3], torch.where(_between_radii(batch.points, cfg), sample, -1)
+
+
+def samples_of(counts: Tensor, device: torch.device) -> Tensor:
+    """[sum of counts] int32 on `device`, the sample of each point, where sample b has counts[b] of them, one sample
+    after the other; counts: on the host."""
+    samples = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+    return samples.to(device, non_blocking=True)
 
 
 def _lidar_in_views(batch, cfg):
@@ -234,6 +276,24 @@ def _draw(candidates, rank, count, generator):
     return candidates.gather(1, index).where(available[..., None] > 0, 0.0)
 
 
+def _patches(image_sizes, cfg, generator):
+    """[N, K * patch^2, 2] u, v of the centers of the pixels of K random patches in each of N views."""
+    P, device = cfg.patch, image_sizes.device
+    shape = len(image_sizes), cfg.per_view // P**2, 2
+    size = image_sizes[:, None].flip(-1)  # [N, 1, 2] width, height
+    # the first and the last place of a patch's corner; at least 0 in images that are too small
+    last = size // cfg.patch_step * cfg.patch_step - cfg.patch_margin - cfg.patch_edge
+    first = torch.full_like(last, cfg.patch_margin)
+    first[..., 1] = first[..., 1].maximum((cfg.sky * size[..., 1].double()).long())
+    first, last = first.minimum(last).clamp(min=0), last.clamp(min=0)
+    room = last - first + 1
+    corner = (torch.rand(shape, generator=generator, device=device) * room).long().minimum(room - 1) + first
+    offset = torch.arange(P * P, device=device)
+    offset = cfg.patch_step * torch.stack([offset % P, offset // P], dim=-1)  # [P^2, 2]
+    pixels = (corner[:, :, None] + offset).minimum(size[:, None] - 1)  # [N, K, P^2, 2]
+    return (pixels + 0.5).flatten(1, 2)
+
+
 def _at_most(chosen, count, generator):
     """At most `count` of the True entries in each row of `chosen` [N, K] bool, at random."""
     if count >= chosen.shape[1]:
@@ -244,6 +304,8 @@ def _at_most(chosen, count, generator):
 
 def _with_lidar_depth(pixels, projected, visible, H, W):
     """Pixels [N, K, 2] with the depth of the nearest visible point that falls into each, 0 = none: [N, K, 3]."""
+    if not projected.shape[1]:  # as in training without LiDAR
+        return torch.nn.functional.pad(pixels, (0, 1))
     pixel_of = (projected[..., 1].long() * W + projected[..., 0].long()).where(visible, 0)  # [N, P] linear index
     depth = projected[..., 2].where(visible, torch.inf)
     nearest = depth.new_full((len(projected), H * W), torch.inf).scatter_reduce(1, pixel_of, depth, "amin")
@@ -266,5 +328,7 @@ def _inverse(matrices):
     return torch.linalg.inv_ex(matrices.double()).inverse.to(matrices.dtype)
 
 
-def _concatenated(parts):
-    return Rays(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rays)})
+def concatenated(parts: Sequence[Rays]) -> Rays:
+    """All rays of `parts`, in their order."""
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Rays)}
+    return Rays(**{name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in columns.items()})

@@ -14,6 +14,12 @@ weights are all 0 gets the lower end of that range.
 On a GPU, field, opacity and compositing of neus and volsdf are one fused op, `sdf_render`, where it supports the field;
 unisurf, other fields, fp64 and CPUs run op by op.
 
+Features of any number of channels are rendered as `features = head(sum_s w_s f_s)`, with the C channels f_s of the
+volume at sample s and one linear layer, the head. Being linear, it gives what heads of all samples would give, plus its
+bias for what a ray lets through: the bias is the features of the background, such as the sky. Others decode before they
+sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample, RenderOcc (arXiv 2309.09502), without a background, to
+class scores in every voxel.
+
 A sample lies at the start of its interval. Rays, points, rendered depths and the settings `near` and `truncation` are
 in meters; all other lengths are scaled meters, meters * grid.scale.
 
@@ -24,16 +30,21 @@ of the batch is called a batch sample.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad import config
 from unipad.kernels.backend import on_triton
 from unipad.kernels.composite import composite
 from unipad.kernels.depth_range import depth_in_range, rows_of_volumes
+from unipad.kernels.ray_features import ray_features
+from unipad.kernels.ray_mean import ray_mean
 from unipad.kernels.ray_sample import clip_rays
 from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
+from unipad.kernels.sdf_pack import pack
 from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_values
 from unipad.model.field import Field
+from unipad.model.photometric import Sources, photometric_error
 from unipad.model.rays import Rays
 from unipad.model.samplers import SAMPLERS
 
@@ -52,6 +63,7 @@ class Rendered:
     points_sdf: Tensor | None  # [P] scaled meters, at the points given to `forward`; None if no loss needs it
     of_volume: Tensor  # [B, R] 1 where a ray hits the volume of the batch sample, else 0
     points_of_volume: Tensor | None  # [B, P] the same for the points given to `forward`
+    features: Tensor | None = None  # [R, F]; None unless the loss `features` is on and the rays have features
 
 
 class Renderer(nn.Module):
@@ -60,7 +72,8 @@ class Renderer(nn.Module):
     Computes in the parameters' dtype, even under autocast: signed distances in half precision are off by decimeters.
     """
 
-    def __init__(self, cfg: config.Render, grid: config.Grid):
+    def __init__(self, cfg: config.Render, grid: config.Grid, feature_channels: int = 0):
+        """feature_channels: F, of the features in `Rays`, for the loss `features`."""
         super().__init__()
         self.cfg = cfg
         self.exact = False  # True: the fused op multiplies with fp32 accuracy (tf32x3), not in tf32
@@ -71,9 +84,11 @@ class Renderer(nn.Module):
         self.sampler, self.jitters = SAMPLERS[cfg.method]  # jitters: random numbers per ray
         self.field = Field(cfg, grid)
         # Freeze what is not used: DDP waits for the gradient of every parameter that requires one.
-        self.field.deviation_network.requires_grad_(cfg.method == "neus")
-        self.field.laplace_density["beta"].requires_grad_(cfg.method == "volsdf")
+        by_weights = max(cfg.rgb_weight, cfg.depth_weight, cfg.features_weight, cfg.photometric_weight) > 0
+        self.field.deviation_network.requires_grad_(by_weights and cfg.method == "neus")
+        self.field.laplace_density["beta"].requires_grad_(by_weights and cfg.method == "volsdf")
         self.field.rgb_decoder.requires_grad_(cfg.rgb_weight > 0)
+        self.feature_head = nn.Linear(cfg.channels, feature_channels) if cfg.features_weight > 0 else None
 
     def forward(
         self,
@@ -87,7 +102,7 @@ class Renderer(nn.Module):
 
         Args:
             volume: [B, C, Z, Y, X] features, LiDAR frame; channels_last_3d saves a copy.
-            rays:   R of them; depth and color are not used.
+            rays:   R of them; depth and color are not used. If they have features, features are rendered for them.
             jitter: [R, self.jitters] uniforms in [0, 1) that jitter the samples of each ray, in training.
                     None: the same samples every time.
             points: pair of [P, 3] meters and [P] int32 volume index (-1: not used), for the loss `points`.
@@ -97,12 +112,14 @@ class Renderer(nn.Module):
         Without rays all tensors of rays are empty. Differentiable once in `volume` and the parameters.
 
         On a GPU neither this, `loss` nor their backward synchronizes with the host, so that a CUDA graph can capture
-        them; only VolSDF's sampler does, see `volsdf_edges`.
+        them; only VolSDF's sampler does, see `volsdf_edges`. With deterministic algorithms, features are rendered by
+        PyTorch's `embedding_bag`, for which this is not checked.
         """
         with torch.autocast(volume.device.type, enabled=False):
             dtype = self.field.cells_per_unit.dtype
             volume = volume.permute(0, 2, 3, 4, 1).to(dtype).contiguous()
             origins, directions = rays.origins.to(dtype) * self.scale, rays.directions.to(dtype)
+            bundle = origins, directions, rays.volume_idx
             near, far, hit = clip_rays(origins, directions, *self.box, self.cfg.near * self.scale)
 
             def along(starts):
@@ -110,13 +127,14 @@ class Renderer(nn.Module):
 
             fused = self._fused(volume)
             cells = self.field.cells_per_unit, self.field.cell_offset
-            sdf_mlp = self.field.sdf_decoder.tensors()
+            if fused:
+                rgb_mlp = self.field.rgb_decoder.tensors() if self.cfg.rgb_weight > 0 else None
+                mlps = self.field.sdf_decoder.tensors(), rgb_mlp
+                packed = pack(*mlps, volume.shape[4], self.exact) if len(origins) else None  # for all that follows
 
             def sdf_at(starts):
                 if fused:
-                    return sdf_values(
-                        volume, (origins, directions, rays.volume_idx), starts, sdf_mlp, cells, self.exact
-                    )
+                    return sdf_values(volume, bundle, starts, mlps[0], cells, self.exact, packed)
                 return self.field.sdf(volume, along(starts), rays.volume_idx)
 
             with torch.no_grad():
@@ -126,11 +144,9 @@ class Renderer(nn.Module):
                 edges = self.sampler(self.cfg, sdf_at, near, far, jitter, beta)  # [R, S + 1]
             starts = edges[:, :-1]
             if fused:
-                mlps = sdf_mlp, self.field.rgb_decoder.tensors() if self.cfg.rgb_weight > 0 else None
                 density_param = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
-                bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(
-                    volume, bundle, edges, mlps, density_param, cells, self.cfg.method, self.exact, stop
+                    volume, (*bundle, hit), edges, mlps, density_param, cells, self.cfg.method, self.exact, stop, packed
                 )
             else:
                 sdf, gradient, color = self.field(volume, along(starts), directions, rays.volume_idx)
@@ -141,9 +157,14 @@ class Renderer(nn.Module):
             rgb = rgb if self.training else rgb.clamp(0, 1)
             depth, of_volume = depth_in_range(depth, edges, rays.volume_idx, hit, len(volume), self.scale)
             points_sdf, points_of_volume = self._at_points(volume, points)
-        return Rendered(rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume)
+            features = None
+            if self.feature_head is not None and rays.features is not None:
+                features = self.feature_head(ray_features(volume, bundle, edges, weights, cells))
+        return Rendered(
+            rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume, features
+        )
 
-    def loss(self, rendered: Rendered, rays: Rays) -> dict[str, Tensor]:
+    def loss(self, rendered: Rendered, rays: Rays, sources: Sources | None = None) -> dict[str, Tensor]:
         """The weighted terms whose weight in the config is above 0: name -> scalar.
 
         Each is a mean over what it applies to in a batch sample, then over batch samples (0 for one without any):
@@ -153,7 +174,10 @@ class Renderer(nn.Module):
             sdf         |start + sdf - d*| over samples within the truncation of d*
             eikonal     (|gradient| - 1)^2 over all samples
             points      |sdf| over the points given to `forward`
-        Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none.
+            photometric `photometric_error` over the rays that it counts; needs `sources`
+            features    1 - cosine similarity over rays with features, or |f - f*| over these and all channels
+        Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none,
+        rays.features [R, F], 0 in all channels for none.
         """
         cfg = self.cfg
         hit_rays = rendered.of_volume  # [B, R] 1 or 0
@@ -167,6 +191,10 @@ class Renderer(nn.Module):
         def around():  # [R, S]
             return ~before() & (starts <= target + truncation)
 
+        def photometric():
+            error, counted = photometric_error(rendered.depth, rendered.hit, rays, sources)
+            return _mean(error[:, None], hit_rays, counted[:, None])
+
         terms = {
             "rgb": lambda: _mean((rendered.rgb - rays.rgb).abs(), hit_rays),
             "depth": lambda: _mean((rendered.depth[:, None] * self.scale - target).abs(), target_rays),
@@ -174,9 +202,15 @@ class Renderer(nn.Module):
             "sdf": lambda: _mean((starts + sdf - target).abs(), target_rays, around()),
             "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), hit_rays),
             "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_volume),
+            "photometric": photometric,
+            "features": lambda: _mean(
+                feature_distance(rendered.features, rays.features, cfg.features_loss),
+                hit_rays * rays.features.any(dim=1),
+            ),
         }
         weights = {name: getattr(cfg, f"{name}_weight") for name in terms}
         assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
+        assert cfg.photometric_weight == 0 or sources is not None, "the loss `photometric` needs sources"
         with torch.autocast(sdf.device.type, enabled=False):
             return {name: weights[name] * term() for name, term in terms.items() if weights[name] > 0}
 
@@ -204,12 +238,16 @@ class Renderer(nn.Module):
         return sdf, rows_of_volumes(volume_idx, len(volume), volume.dtype)
 
 
+def feature_distance(features: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Distance of features [R, F] from `target` [R, F]: [R, 1] 1 - cosine similarity, or for "l1" [R, F]."""
+    if kind == "l1":
+        return (features - target).abs()
+    return 1 - F.cosine_similarity(features, target, dim=1)[:, None]
+
+
 def _mean(value, of_volume, mask=None):
     """Mean of value [R, K] over each batch sample's rays (where mask [R, K], if given), then over the batch."""
     K = value.shape[1]
-    if mask is None:
-        count = of_volume.sum(dim=1) if K == 1 else of_volume.sum(dim=1) * K
-    else:
-        value, count = value * mask, of_volume @ mask.sum(dim=1).to(value.dtype)
+    value = value if mask is None else value * mask
     of_ray = value.squeeze(1) if K == 1 else value.sum(dim=1)
-    return (of_volume @ of_ray / count.clamp(min=1)).mean()
+    return ray_mean(of_ray, of_volume, K if mask is None else mask.sum(dim=1))

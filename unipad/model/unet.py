@@ -24,9 +24,11 @@ from unipad.model.sparse import (
     SparseBlock,
     SparseConv3d,
     SparseInverseConv3d,
+    SparseStage,
     SparseTensor,
     SubMConv3d,
     VoxelSet,
+    convolutions_with_tables,
     in_fp32,
     make_tables,
     rounded_weights,
@@ -142,6 +144,8 @@ class Unet(nn.Module):
             self.up.append(ConvNormReLU(SparseInverseConv3d(below, up, 2, bias=False)))
             self.dec.append(_blocks(up + above, up, blocks[-1 - s]))
             above = down
+        # a list: not registered a second time
+        self.convs = convolutions_with_tables(self.down, self.up, self.enc, self.dec)
 
     def make_tables(self, voxels: VoxelSet) -> list[VoxelSet]:
         """`sparse.make_tables` of this net, whose modules run in another order than they are registered in."""
@@ -154,7 +158,7 @@ class Unet(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         x = in_fp32(self.conv_input, x)  # its input channels include the points' coordinates
         skips = []
-        with rounded_weights(self.down, self.up, self.enc, self.dec):
+        with rounded_weights(self.convs):
             for down, enc in zip(self.down, self.enc, strict=True):
                 skips.append(x)
                 x = enc(down(x))
@@ -165,7 +169,7 @@ class Unet(nn.Module):
 
 
 def _blocks(in_channels, width, count):
-    stage = nn.Sequential()
+    stage = SparseStage()
     for i in range(count):
         stage.add_module(f"block{i}", SparseBlock(width, in_channels if i == 0 else width))
     return stage

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from unipad.kernels.composite import composite, composite_ref
-from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref
+from unipad.kernels.depth_range import depth_in_range, depth_in_range_ref, rows_of_volumes
 from unipad.kernels.lift import lift, lift_ref
+from unipad.kernels.ray_features import ray_features, ray_features_ref
+from unipad.kernels.ray_mean import ray_mean, ray_mean_ref
 from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
@@ -42,10 +44,11 @@ from unipad.kernels.sdf_alpha import (
     volsdf_alpha,
     volsdf_alpha_ref,
 )
-from unipad.kernels.sdf_pack import pack, pack_ref
+from unipad.kernels.sdf_pack import pack, pack_bwd, pack_bwd_ref, pack_ref
 from unipad.kernels.sdf_render import sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
+from unipad.kernels.warp import warp, warp_ref
 from unipad.runtime import has_bf16
 from unipad.selfcheck.check import Case, default_device
 from unipad.selfcheck.lidar_cases import sparse_cases, voxel_cases
@@ -129,6 +132,34 @@ def _view_cases(size, recipe):
     yield from _each("bf16", "lift, bit-equal", size, lift, lift_ref, lifted, wrt, strict=True)
     yield from _each("fp32 fp16 bf16", "voxel_pool", size, voxel_pool, voxel_pool_ref, pooled, wrt)
     yield from _each("bf16", "voxel_pool, bit-equal", size, voxel_pool, voxel_pool_ref, pooled, wrt, strict=True)
+
+    def warped(device, dtype):
+        """Rays from a camera into two other places of the rig, with clearance from lines through pixel centers, where
+        gradients jump; ramps of one gray level per pixel, since fp32 positions are off by up to 1e-3 pixels."""
+        R, H, W = (3072, 900, 1600) if recipe else (33, 90, 160)
+        rig = _rig(W / 1600, device).repeat(1, 2, 1, 1)  # [1, 12, 4, 4]
+        # the sources' cameras are 0.6 m before and behind the keyframe's
+        rig[..., 3] += rig[..., 1] * torch.tensor([0.6, -0.6], device=device).repeat_interleave(6)[:, None]
+        # candidates, of which the first R with clearance are taken
+        origins = 0.1 * torch.randn(2 * R, 3, device=device)
+        directions = F.normalize(torch.randn(2 * R, 3, device=device) * torch.tensor([1, 1, 0.1], device=device))
+        depth = 3 + 40 * torch.rand(2 * R, device=device)
+        ends = F.pad(origins + depth[:, None] * directions, (0, 1), value=1.0).double()
+        u, v, d, _ = torch.einsum("mij,rj->rmi", rig[0].double(), ends).unbind(-1)
+        x, y = u / d - 0.5, v / d - 0.5
+        near = ((x - x.round()).abs() < 20 * CLEARANCE) | ((y - y.round()).abs() < 20 * CLEARANCE)
+        clear = (~near | (d < 0)).all(dim=1).nonzero()[:R, 0]
+        assert len(clear) == R, "too few rays have clearance"
+        place = torch.arange(H, device=device)[:, None, None] + torch.arange(W, device=device)[:, None]
+        ramps = ((place + 13 * torch.arange(12 * 3, device=device).view(12, 1, 1, 3)) % 510 - 255).abs()
+        return dict(
+            depth=depth[clear],
+            rays=(origins[clear], directions[clear], torch.zeros(R, device=device, dtype=torch.int32)),
+            images=ramps.to(torch.uint8)[None], projections=rig,
+            sizes=torch.tensor([H, W], device=device).expand(1, 12, 2).contiguous(),
+        )  # fmt: skip
+
+    yield from _each("fp32", "warp", size, warp, warp_ref, warped, ("depth",), slack=1e-3)
 
 
 # Boxes
@@ -222,6 +253,22 @@ def _ray_cases(size, recipe):
     yield from _each("fp32", "trilinear, bit-equal", size, trilinear, trilinear_ref, at_points, wrt, strict=True)
     yield from _each("fp32", "trilinear_value", size, trilinear_value, trilinear_value_ref, at_points)
 
+    def along_rays(device, dtype):
+        Z, Y, X, C = (5, 180, 180, 32) if recipe else (2, 3, 4, 5)
+        size = torch.tensor([X, Y, Z], device=device, dtype=torch.float32)  # units: the length of a ray
+        rays = (
+            torch.rand(R, 3, device=device) * 0.1 - 0.05,
+            F.normalize(torch.randn(R, 3, device=device), dim=1),
+            torch.randint(2, (R,), device=device, dtype=torch.int32),
+        )
+        edges = torch.rand(R, S + n + 1, device=device).sort(dim=1).values
+        weights = torch.rand(R, S + n, device=device)
+        volume = torch.randn(2, Z, Y, X, C, device=device)
+        return dict(volume=volume, rays=rays, edges=edges, weights=weights, cells=(0.6 * size, (size - 1) / 2))
+
+    wrt = ("volume", "weights")
+    yield from _each("fp32", "ray_features", size, ray_features, ray_features_ref, along_rays, wrt)
+
     def sdf_and_deltas(device, dtype):
         randn = partial(torch.randn, device=device)
         return dict(sdf=(randn(R, S + n) / 10).to(dtype), deltas=(randn(R, S + n).abs() / 10).to(dtype))
@@ -254,7 +301,12 @@ def _ray_cases(size, recipe):
         depth = 2 * torch.rand(R, device=device)  # some are out of range
         return dict(depth=depth, edges=edges, volume_idx=volume_idx, hit=hit, B=2, scale=1 / 54)
 
+    def ray_values(device, dtype):
+        of_volume = rows_of_volumes(torch.randint(2, (R,), device=device), 2, dtype)
+        return dict(of_ray=torch.rand(R, device=device).to(dtype), of_volume=of_volume, count=3)
+
     yield from _each("fp32", "depth_in_range", size, depth_in_range, depth_in_range_ref, rendered_depths, ("depth",))
+    yield from _each("fp32", "ray_mean", size, ray_mean, ray_mean_ref, ray_values, ("of_ray",))
     yield from _each("fp32 fp16 bf16", "composite", size, composite, composite_ref, samples, ("alpha", "values"))
 
 
@@ -321,9 +373,23 @@ def _field_cases(size, recipe):
 
     def parameters(device, dtype):
         sdf_mlp, rgb_mlp = inputs("neus")(device, dtype)["mlps"]
-        return dict(sdf_mlp=sdf_mlp, rgb_mlp=rgb_mlp, channels=32)
+        return dict(sdf_mlp=sdf_mlp, rgb_mlp=rgb_mlp, channels=32, exact=True)
 
-    yield from _each("fp32", "pack", size, pack, pack_ref, parameters, ("sdf_mlp", "rgb_mlp"))
+    def parameters_and_upstream(device, dtype):
+        given = parameters(device, dtype)
+        packed = pack_ref(**given)
+        del given["exact"]
+        return given | dict(d_sdf=torch.randn_like(packed.sdf), d_rgb=torch.randn_like(packed.rgb_w[0]))
+
+    def gradients(bwd):
+        return lambda **given: tuple(bwd(**given))
+
+    def tensors(fn):
+        return lambda **given: fn(**given)[:3]
+
+    yield from _each("fp32", "pack", size, tensors(pack), tensors(pack_ref), parameters)
+    made = gradients(pack_bwd), gradients(pack_bwd_ref)
+    yield from _each("fp32", "pack_bwd", size, *made, parameters_and_upstream)
     kinds = {"neus": inputs("neus"), "volsdf": inputs("volsdf"), "neus without color": inputs("neus", rgb_layers=0)}
     if not recipe:
         kinds |= {

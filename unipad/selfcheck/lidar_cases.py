@@ -5,8 +5,10 @@ from functools import partial
 
 import torch
 
+from unipad.kernels.carve import carve, carve_ref
 from unipad.kernels.norm_relu import norm_relu, norm_relu_ref
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
+from unipad.kernels.sparse_layers import Layer, sparse_layers, sparse_layers_ref
 from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
@@ -100,6 +102,21 @@ def voxel_cases(size, recipe):
             max_points=10 if recipe else 3, max_voxels=120000 if recipe else 60,  # small: fewer than the occupied ones
         )  # fmt: skip
 
+    def rays(device, dtype):
+        """From the LiDAR of each sweep to its points; small: from around the grid to points in and around it."""
+        low, cell, shape = _grid(recipe)
+        if recipe:
+            low, cell, shape = LIDAR.grid.low, LIDAR.grid.cell, LIDAR.grid.shape[::-1]
+        points = _points(recipe, device)
+        ends, lag = points[:, :3].contiguous(), points[:, 4:]
+        origins = torch.cat([0 * lag, -6 * lag, 0 * lag], dim=1) if recipe else 2 * ends.roll(1, 0)
+        volume_idx = torch.arange(len(ends), device=device).int() % 4 - 1  # -1: not used
+        rank = (2 - 4 * lag[:, 0]).clamp(min=0).int()
+        hit = torch.rand(len(ends), device=device) < 0.9
+        return dict(
+            origins=origins, ends=ends, volume_idx=volume_idx, low=low, cell=cell, shape=shape, B=3, rank=rank, hit=hit
+        )  # fmt: skip
+
     def voxels_of(number):
         def inputs(device, dtype):
             coords, shape = _stage(number, recipe, device)
@@ -130,6 +147,7 @@ def voxel_cases(size, recipe):
         return Case(name, size, "fp32", inputs, op, ref, double=False)
 
     yield case("voxelize", voxelize, voxelize_ref, points)
+    yield case("carve", carve, carve_ref, rays)
     yield case("voxel_keys", voxel_keys, voxel_keys_ref, voxels_of(0))
     yield case("sort_voxels", sort_voxels, sort_voxels_ref, voxels_of(0))
     yield case("submanifold_map 3x3x3", submanifold_map, submanifold_map_ref, neighbors(THREE))
@@ -190,6 +208,29 @@ def sparse_cases(size, recipe):
 
         return make
 
+    def block_inputs(number):
+        make, width = inputs("submanifold", number, THREE, WIDTHS[number], WIDTHS[number]), WIDTHS[number]
+
+        def block(device, dtype):
+            given = make(device, dtype)
+            # as above
+            norm = dict(norm_weights=[torch.rand(width, device=device) + 0.5 for _ in range(2)],
+                        norm_biases=[torch.full((width,), 8.0, device=device) for _ in range(2)])  # fmt: skip
+            weights = [given["weight"], given["weight"].flip(0)]
+            return dict(features=given["features"], weights=weights, table=given["neighbor_idx"]) | norm
+
+        return block
+
+    def as_block(op):
+        """`op` on the two layers of a residual block."""
+
+        def run(features, weights, norm_weights, norm_biases, table):
+            table = NeighborTable.of(table)
+            layers = zip(weights, norm_weights, norm_biases, (False, True), strict=True)
+            return op(features, [Layer(*layer, table, None, 1e-3, skips=skips) for *layer, skips in layers])
+
+        return run
+
     def conv(dtypes, name, *what):
         """what: kind, stage from 0, kernel, c_in, c_out, as `inputs` takes them."""
         wrt = ("features", "weight")
@@ -219,3 +260,7 @@ def sparse_cases(size, recipe):
     for number in (0, 3):
         names = "x", "weight", "bias", "residual"
         yield Case(f"norm_relu {WIDTHS[number]}", size, "bf16", norm_inputs(number), norm_relu, norm_relu_ref, names)
+        # not of the biases: the second norm subtracts most of what the first one's does
+        names = "features", "weights", "norm_weights"
+        op, ref = as_block(sparse_layers), as_block(sparse_layers_ref)
+        yield Case(f"sparse_layers {WIDTHS[number]}", size, "bf16", block_inputs(number), op, ref, names)

@@ -1,5 +1,6 @@
 """The synthetic city: a function of seed, scene and time, seen by simulated cameras and LiDAR.
 
+    occupancy.py labels of voxels, and which of them the sensors saw
     records.py   names of scenes and files, times of frames, and the tables of the nuScenes format
     rig.py       the sensors on the ego vehicle
     paint.py     appearance: colors, textures, sun, shadows and sky; LiDAR intensity

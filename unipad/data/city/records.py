@@ -101,6 +101,11 @@ def labels_file(args, name: str, stamp: int) -> str:
     return f"lidarseg/{version_of(args)}/{_token(args, 'sample_data', name, rig.LIDAR, stamp)}_lidarseg.bin"
 
 
+def occupancy_file(args, name: str, k: int) -> str:
+    """Path below the dataset's root of the occupancy labels of a keyframe, as in Occ3D-nuScenes."""
+    return f"gts/{name}/{_token(args, 'sample', name, k)}/labels.npz"
+
+
 def map_file(args, district: int) -> str:
     """Path below the dataset's root of the map of a district."""
     return f"maps/{_token(args, 'map', district)}.png"

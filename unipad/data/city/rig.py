@@ -90,6 +90,15 @@ def lidar_view(scene, columns, t):
     return LidarView(origin, scene.ego.pose(t)[2] - np.pi / 2, BEAMS, columns)
 
 
+def ego_solids(scene, t):
+    """The ego vehicle at time t, a SOLID array."""
+    rotation, translation = ego_pose(scene, t)
+    ego = EGO.copy()
+    ego["center"] = [rotation.rotate(c) + translation for c in EGO["center"]]
+    ego["yaw"] = scene.ego.pose(t)[2]
+    return ego
+
+
 @dataclass(frozen=True)
 class Scan:
     """One LiDAR revolution: n returns in the order of a real LiDAR, all rings of an azimuth, then the next azimuth."""
@@ -106,11 +115,7 @@ def scan(scene, t, columns, rng):
     columns: number of azimuths; rng: for noise and dropout.
     """
     view = lidar_view(scene, columns, t)
-    rotation, translation = ego_pose(scene, t)
-    ego = EGO.copy()
-    ego["center"] = [rotation.rotate(c) + translation for c in EGO["center"]]
-    ego["yaw"] = scene.ego.pose(t)[2]
-    solids = np.concatenate([scene.solids(t), ego])
+    solids = np.concatenate([scene.solids(t), ego_solids(scene, t)])
     distance, hit = cast(view, solids)
     intensities, category = intensity(scene.city, view, solids, distance, hit)
     owner = np.where(hit >= 0, solids["owner"][hit], -1)

@@ -31,6 +31,9 @@ from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.kernels.voxel_keys import sort_voxels
 from unipad.model import sparse
 from unipad.model.lidar import SparseEncoder
+from unipad.spconv.conv import SparseConv3d, SubMConv3d
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 WIDTHS = 16, 32, 64, 128  # channels of the stages
 KERNEL, DILATION = (3, 3, 3), (1, 1, 1)  # of the submanifold convolutions
@@ -130,22 +133,23 @@ class Encoders:
         def run(features, weights, level):  # weights: the encoder's own, passed for their gradients
             cache = level.cache if keep else {}
             if "voxels" not in cache:
-                cache["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
+                cache["voxels"] = VoxelSet(level.coords, level.shape, level.batch, check=False)
                 # the tables are in the voxel sets of all stages, which live as long as this list
                 cache["voxel sets"] = sparse.make_tables(self.encoder, cache["voxels"])
-            tensor = sparse.SparseTensor(features, cache["voxels"])
+            tensor = SparseConvTensor.of(features, cache["voxels"])
             with run_with(op), half():
-                return self.encoder(tensor).dense()
+                return self.encoder(tensor).dense(memory_format=torch.channels_last_3d)
 
         return run
 
     def exact(self, features, weights, level):
         """The encoder's output by the reference; for fp64 inputs, these are the true values."""
-        voxels = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
+        voxels = VoxelSet(level.coords, level.shape, level.batch, check=False)
         encoder = copy.deepcopy(self.encoder).double()
         with run_with(sparse_conv_ref):
             given = dict(zip(self.names, weights, strict=True))
-            return functional_call(encoder, given, sparse.SparseTensor(features, voxels)).dense()
+            out = functional_call(encoder, given, SparseConvTensor.of(features, voxels))
+            return out.dense(memory_format=torch.channels_last_3d)
 
     def theirs(self, lib, keep):
         """`ours` with the convolutions of a peer."""
@@ -234,12 +238,12 @@ def peer_conv(lib, level, weight, geometry=None):
 
 
 class PeerTensor:
-    """A peer's tensor with the interface of our SparseTensor."""
+    """A peer's tensor with the interface of our SparseConvTensor."""
 
     def __init__(self, tensor):
         self.tensor, self.features, self.dense = tensor, tensor.features, tensor.dense
 
-    def replace(self, features):
+    def replace_feature(self, features):
         return PeerTensor(self.tensor.replace_feature(features))
 
 
@@ -257,8 +261,8 @@ class PeerConv(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A 1 x 1 x 1 convolution, in place of spconv's: a matrix product too, but with its weight in another order, so
-    that it could not share ours."""
+    """`SparseLinear` for peers, whose 1 x 1 x 1 convolution has its weight in another order, so that it could not share
+    ours."""
 
     bias = ()
 
@@ -267,7 +271,7 @@ class Pointwise(nn.Module):
         self.weight = weight
 
     def forward(self, x):
-        return x.replace(x.features @ self.weight.flatten(1).T)
+        return x.replace_feature(x.features @ self.weight.flatten(1).T)
 
 
 def as_peer(encoder, lib):
@@ -276,13 +280,13 @@ def as_peer(encoder, lib):
     twin.convs, stage = [], 0  # none whose weights are cast for our kernels
     for parent in list(twin.modules()):
         for name, conv in list(parent.named_children()):
-            if isinstance(conv, sparse.SubMConv3d):
-                sizes = conv.weight.shape[4], conv.weight.shape[0], conv.weight.shape[1:4]  # channels in, out; kernel
-                theirs = lib.SubMConv3d(*sizes, bias=False, indice_key=f"subm{stage}")
-            elif isinstance(conv, sparse.SparseConv3d) and conv.weight.shape[1:4].numel() == 1:
+            if isinstance(conv, sparse.SparseLinear):
                 setattr(parent, name, Pointwise(conv.weight))
                 continue
-            elif isinstance(conv, sparse.SparseConv3d):
+            if isinstance(conv, SubMConv3d):
+                sizes = conv.weight.shape[4], conv.weight.shape[0], conv.weight.shape[1:4]  # channels in, out; kernel
+                theirs = lib.SubMConv3d(*sizes, bias=False, indice_key=f"subm{stage}")
+            elif isinstance(conv, SparseConv3d):
                 kernel, stride, padding, _ = DOWNSAMPLES[stage]
                 sizes = conv.weight.shape[4], conv.weight.shape[0], kernel, stride, padding
                 stage += 1

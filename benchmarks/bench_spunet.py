@@ -22,6 +22,9 @@ from unipad.kernels.voxelize import grid_subsample
 from unipad.model import sparse
 from unipad.model.unet import Unet
 from unipad.recipes import SEGMENT
+from unipad.spconv.conv import SparseConvolution
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 CFG = SEGMENT["lidar"]["segment"].lidar
 
@@ -55,9 +58,9 @@ class Nets:
         def run(features, weights, coords):
             # as many cells as needed, rounded up to a multiple of the stride
             shape = [-(-(last + 1) // self.stride) * self.stride for last in coords[:, 1:].amax(dim=0).tolist()]
-            voxels = sparse.VoxelSet(coords, shape, 1, in_order=True, check=False)
+            voxels = VoxelSet(coords, shape, 1, in_order=True, check=False)
             with run_with(op), half():
-                return self.net(sparse.SparseTensor(features, voxels)).features
+                return self.net(SparseConvTensor.of(features, voxels)).features
 
         return run
 
@@ -77,7 +80,7 @@ def as_peer(net, lib):
     """A copy of the U-Net with the peer's convolutions; all parameters are shared."""
     twin = copy.deepcopy(net, {id(p): p for p in net.parameters()})
     for name, conv in list(twin.named_modules()):
-        if not isinstance(conv, (sparse.SubMConv3d, sparse.SparseConv3d, sparse.SparseInverseConv3d)):
+        if not isinstance(conv, SparseConvolution):
             continue
         part, *rest = name.split(".")  # e.g. enc.2.block0.conv1: part enc, stage 2, ...
         kernel = list(conv.weight.shape[1:4])

@@ -24,7 +24,9 @@ from benchmarks.dry_run import CUDA, DryRun, backward, to_gpu
 from unipad.kernels import backend
 from unipad.model.lidar import SparseEncoder
 from unipad.model.norm import SyncedBatchNorm
-from unipad.model.sparse import SparseTensor, VoxelSet, make_tables
+from unipad.model.sparse import make_tables
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 ENCODER = dict(in_channels=5, widths=(16, 32, 64, 128), blocks=2, out_channels=256)  # as in the recipe
 # Occupied voxels of a scene, and of the outputs of each strided convolution (benchmarks/lidar_scene.py)
@@ -56,7 +58,7 @@ def launches():
             voxels = VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
             voxel_sets = make_tables(encoder, voxels)  # held: tables are freed with their sets
             add_to("neighbor tables")
-            out = encoder(SparseTensor(features, voxels)).dense()
+            out = encoder(SparseConvTensor.of(features, voxels)).dense(memory_format=torch.channels_last_3d)
             add_to("forward")
         part = None
 
@@ -70,9 +72,10 @@ def launches():
         add_to(part)
         encoder.eval()
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            encoder(SparseTensor(features, voxels))  # norms compute scale and shift in the first call, and cache them
+            # norms compute scale and shift in the first call, and cache them
+            encoder(SparseConvTensor.of(features, voxels))
             add_to(None)
-            encoder(SparseTensor(features, voxels)).dense()
+            encoder(SparseConvTensor.of(features, voxels)).dense(memory_format=torch.channels_last_3d)
             add_to("forward, inference")
         del voxel_sets
     return counts
@@ -91,7 +94,7 @@ def host_microseconds():
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16):
-            return encoder(SparseTensor(features, voxels)).dense()
+            return encoder(SparseConvTensor.of(features, voxels)).dense(memory_format=torch.channels_last_3d)
 
     def step():
         forward().float().sum().backward()

@@ -367,7 +367,7 @@ def voxel_counts(recipe):
 
     def forward(x):
         visible.append(len(x.voxels))
-        type(encoder.encoder).forward(encoder.encoder, x.replace(x.features.to("meta")))
+        type(encoder.encoder).forward(encoder.encoder, x.replace_feature(x.features.to("meta")))
         raise _Counted
 
     encoder.encoder.forward = forward
@@ -375,7 +375,7 @@ def voxel_counts(recipe):
     noise = torch.rand(1, *encoder.mask_shape, generator=torch.Generator().manual_seed(0)) if masked else None
     run = encoder.voxel_features if isinstance(recipe, SegmentRecipe) else functools.partial(encoder, noise=noise)
     with (
-        mock.patch("unipad.model.sparse.sparse_conv", sparse_conv),
+        mock.patch("unipad.spconv.conv.sparse_conv", sparse_conv),
         mock.patch(f"{type(encoder).__module__}.in_fp32", lambda stem, x: stem(x)),  # autocast knows no meta tensors
         suppress(_Counted),
     ):

@@ -30,8 +30,10 @@ from unipad.model.lidar import SparseEncoder
 from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.model.sparse import SparseTensor, SubMConv3d, VoxelSet
 from unipad.recipes import DETECT, OCCUPANCY, PRETRAIN, SEGMENT
+from unipad.spconv.conv import SubMConv3d
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 # Bytes of shared memory per program, at most. sm_80 stands for sm_86 and sm_89 too, so it gets their smaller limit.
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
@@ -174,7 +176,7 @@ def count_specializations(scenes, first, seed=0):
             features = torch.zeros(n, 5, device=CUDA, requires_grad=True)
             with torch.autocast("cuda", torch.bfloat16):
                 voxels = VoxelSet(coords, shape=(41, 1440, 1440), batch_size=1, in_order=True, check=False)
-                out = net(SparseTensor(features, voxels))
+                out = net(SparseConvTensor.of(features, voxels))
             backward(out.dense().float().sum())
             if i in (first, scenes):
                 counts.append(dict(Counter(launch.kernel for launch in set(dry.launches))))
@@ -261,7 +263,7 @@ def print_seeded_faults():
             with torch.device("meta"):
                 convolution = SubMConv3d(128, 128, 3, bias=False)
             features = torch.zeros(20_000, 128, dtype=torch.bfloat16, device=CUDA)
-            to_gpu(convolution)(SparseTensor(features, voxels))
+            to_gpu(convolution)(SparseConvTensor.of(features, voxels))
 
         launch = caught(convolve).launches[-1]
         options = dict(launch.options) | {"num_stages": stages}

@@ -17,7 +17,10 @@ from unipad.model import sparse
 from unipad.model.lidar import LidarEncoder, Second, SecondFPN, SparseEncoder
 from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
-from unipad.model.sparse import NORM, SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
+from unipad.model.sparse import NORM
+from unipad.spconv.conv import SparseConv3d, SubMConv3d
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3 cells (x, y, z)
 TINY = config.LidarConfig(
@@ -55,7 +58,7 @@ def test_sparse_encoder_matches_the_original(name):
     if "mask" in name:
         visible = draw_voxel_mask(arrays["in/coors"], recorded_noise(arrays), block=8, ratio=0.8)
     rows = visible.nonzero()[:, 0]
-    out = net(SparseTensor(features[rows], VoxelSet(arrays["in/coors"][rows], (41, 160, 160), batch_size=2)))
+    out = net(SparseConvTensor.of(features[rows], VoxelSet(arrays["in/coors"][rows], (41, 160, 160), batch_size=2)))
     assert_close_to_max(out.dense(), arrays["out/dense"], 1e-5)
     assert out.voxels.shape == tuple(arrays["out/out_spatial_shape"].tolist())
     active = {tuple(c) for c in arrays["out/out_active_indices"].tolist()}
@@ -149,7 +152,7 @@ def make_encoder(**settings):
 
 
 def sparse_part(encoder, *args):
-    """Input and output (`SparseTensor`s) of `encoder.encoder` in a call of `encoder` with these arguments."""
+    """Input and output (`SparseConvTensor`s) of `encoder.encoder` in a call of `encoder` with these arguments."""
     passed = []
     handle = encoder.encoder.register_forward_hook(lambda _, inputs, out: passed.extend([*inputs, out]))
     encoder(*args)
@@ -185,10 +188,10 @@ def test_evaluation_without_gradients_is_fused(precision):
         with torch.no_grad():
             [change(module) for module in net.modules() if isinstance(module, SyncedBatchNorm)]
         with cast, mock.patch.object(sparse, "sparse_conv_act", wraps=sparse.sparse_conv_act) as fused:
-            unfused = net(SparseTensor(features, voxels))
+            unfused = net(SparseConvTensor.of(features, voxels))
             assert not fused.called
             with torch.no_grad():
-                out = net(SparseTensor(features, voxels))
+                out = net(SparseConvTensor.of(features, voxels))
             assert fused.call_count == convolutions
         assert out.voxels is unfused.voxels and out.features.dtype == unfused.features.dtype
         assert_close_to_max(out.features, unfused.features, 1e-5 if precision == torch.float32 else 0.05)

@@ -7,9 +7,10 @@ from tests.check import DivideLikeGpu, WaitRecorder
 from tests.golden import assert_close_to_max, load, recorded
 from unipad import config
 from unipad.kernels import backend
-from unipad.model.sparse import SparseTensor, VoxelSet
 from unipad.model.unet import Unet, UnetEncoder
 from unipad.names import to_original
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 16 x 3 cells
 # Two stages down, two up; features have 5 channels (the last width), and by coincidence points have 5 columns
@@ -31,7 +32,7 @@ def test_matches_the_original():
     features = arrays["in/voxel_features"].requires_grad_()
     # multiples of 16: the record's net halves the resolution four times
     shape = [-(-size // 16) * 16 for size in (coords[:, 1:].amax(dim=0) + 1).tolist()]
-    out = net(SparseTensor(features, VoxelSet(coords, shape, int(arrays["in/batch_size"])))).features
+    out = net(SparseConvTensor.of(features, VoxelSet(coords, shape, int(arrays["in/batch_size"])))).features
     assert_close_to_max(out, arrays["out/features"], 1e-5)
     (out * arrays["in/w_out"]).sum().backward()  # the sum whose gradients were recorded
     assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")

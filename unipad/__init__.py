@@ -19,6 +19,7 @@ model/         encoders, volumes, rays, renderer, heads
 evaluate/      metrics: PSNR and depth errors, NDS and mAP, mIoU
 draw/          pictures, videos, meshes, the 3D view of TensorBoard
 selfcheck/     every op of kernels/ compared with its reference in fp64
+spconv/        sparse convolutions, with spconv's interface; imports only kernels/
 kernels/       the ops; in a checkout, `unipad.kernels` is the folder kernels/ next to unipad/, see below
 """
 

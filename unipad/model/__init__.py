@@ -9,7 +9,7 @@ depth.py     depth heads and their LiDAR supervision
 lidar.py     points -> voxels -> sparse encoder and neck -> volume
 unet.py      points -> sparse U-Net -> features of points, or a volume
 volume.py    view transforms, frame fusion, dense 3D convolutions
-sparse.py    sparse convolutions and the blocks made of them
+sparse.py    blocks of sparse convolutions (unipad/spconv), fused with their norms
 norm.py      batch norm synchronized over processes
 dropout.py   dropout drawn per sample
 

@@ -20,16 +20,16 @@ from unipad.model.sparse import (
     NORM,
     ConvNormReLU,
     SparseBlock,
-    SparseConv3d,
+    SparseLinear,
     SparseStage,
-    SparseTensor,
-    SubMConv3d,
-    VoxelSet,
     convolutions_with_tables,
     in_fp32,
     make_tables,
     rounded_weights,
 )
+from unipad.spconv.conv import SparseConv3d, SubMConv3d
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 
 class LidarEncoder(nn.Module):
@@ -109,7 +109,7 @@ class LidarEncoder(nn.Module):
                 features = torch.where(visible[:, None], features, self.mask_token)
         voxels = VoxelSet(coords, shape, len(point_counts), in_order=True, check=False)
         voxel_sets = make_tables(self.encoder, voxels)  # neighbor tables (spconv: indice pairs) of all convolutions
-        x = self.encoder(SparseTensor(features, voxels)).dense()
+        x = self.encoder(SparseConvTensor.of(features, voxels)).dense(memory_format=torch.channels_last_3d)
         del voxel_sets  # held until here: only weak references keep the output sets, whose tables the encoder needs
         return self.neck(self.backbone(x)), visible_coords
 
@@ -120,7 +120,7 @@ class SparseEncoder(nn.Module):
     in_channels:  of the voxels' features.
     widths:       channels of each stage.
     blocks:       residual blocks of each stage.
-    out_channels: after a last 1 x 1 x 1 convolution.
+    out_channels: after a last linear layer.
     """
 
     def __init__(self, in_channels: int, widths: Sequence[int], blocks: int, out_channels: int):
@@ -134,11 +134,11 @@ class SparseEncoder(nn.Module):
                 padding = (0, 1, 1) if i == len(widths) - 2 else 1
                 stage.append(ConvNormReLU(SparseConv3d(width, widths[i + 1], 3, 2, padding, bias=False)))
             self.encoder_layers.add_module(f"encoder_layer{i + 1}", stage)
-        self.conv_out = ConvNormReLU(SparseConv3d(widths[-1], out_channels, 1, bias=False))
+        self.conv_out = ConvNormReLU(SparseLinear(widths[-1], out_channels))
         self.convs = convolutions_with_tables(self.encoder_layers)  # a list: not registered a second time
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        """Returns a SparseTensor at 1 / 2^(stages - 1) of the resolution."""
+    def forward(self, x: SparseConvTensor) -> SparseConvTensor:
+        """Returns a tensor at 1 / 2^(stages - 1) of the resolution."""
         x = in_fp32(self.conv_input, x)
         with rounded_weights(self.convs):
             return self.conv_out(self.encoder_layers(x))

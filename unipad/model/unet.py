@@ -22,17 +22,15 @@ from unipad.model.mask import draw_voxel_mask
 from unipad.model.sparse import (
     ConvNormReLU,
     SparseBlock,
-    SparseConv3d,
-    SparseInverseConv3d,
     SparseStage,
-    SparseTensor,
-    SubMConv3d,
-    VoxelSet,
     convolutions_with_tables,
     in_fp32,
     make_tables,
     rounded_weights,
 )
+from unipad.spconv.conv import SparseConv3d, SparseInverseConv3d, SubMConv3d
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 MAX_INTENSITY = 255.0  # of a LiDAR point in nuScenes
 
@@ -102,7 +100,7 @@ class UnetEncoder(nn.Module):
         coords = torch.stack([sample, *(v - l for v, l in zip(zyx, low, strict=True))], dim=1)
         voxels = VoxelSet(coords, shape, B, in_order=True, check=False)
         voxel_sets = self.encoder.make_tables(voxels)
-        features = self.encoder(SparseTensor(features, voxels)).features
+        features = self.encoder(SparseConvTensor.of(features, voxels)).features
         del voxel_sets  # held until here: only weak references keep the sets of the coarser stages
         return features
 
@@ -120,7 +118,7 @@ class UnetEncoder(nn.Module):
 
 
 class Unet(nn.Module):
-    """SparseTensor -> SparseTensor with the same voxels. The sides of their grid are multiples of 2^(stages down).
+    """Sparse tensor -> sparse tensor with the same voxels. The sides of their grid are multiples of 2^(stages down).
 
     stem:   channels of the first convolution.
     widths: channels per stage, those on the way down first; blocks: residual blocks per stage.
@@ -155,7 +153,7 @@ class Unet(nn.Module):
             sets += make_tables(module, sets[-1])
         return sets
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
+    def forward(self, x: SparseConvTensor) -> SparseConvTensor:
         x = in_fp32(self.conv_input, x)  # its input channels include the points' coordinates
         skips = []
         with rounded_weights(self.convs):
@@ -164,7 +162,7 @@ class Unet(nn.Module):
                 x = enc(down(x))
             for up, dec in zip(reversed(self.up), reversed(self.dec), strict=True):
                 x = up(x)
-                x = dec(x.replace(torch.cat([x.features, skips.pop().features], dim=1)))
+                x = dec(x.replace_feature(torch.cat([x.features, skips.pop().features], dim=1)))
         return x
 
 

@@ -12,7 +12,7 @@ Needs torch, Triton (without it only the CPU works) and numpy, nothing else of t
 docs/sparse.md compares it with spconv and others.
 """
 
-from unipad.spconv import conv, functional, modules, pool, tensor
+from unipad.spconv import conv, functional, modules, points, pool, tensor
 from unipad.spconv.conv import (
     ConvAlgo,
     SparseConv1d,
@@ -101,6 +101,7 @@ __all__ = [
     "gather_features_by_pc_voxel_id",
     "is_spconv_module",
     "modules",
+    "points",
     "pool",
     "tensor",
 ]

@@ -32,12 +32,13 @@ class PointToVoxel:
         if len(coors_range_xyz) != 2 * self.ndim or not min(vsize_xyz) > 0:
             raise ValueError(f"cells {vsize_xyz} of a size above 0 need a range of {2 * self.ndim} numbers")
         self.device = torch.device(device)
-        self.low, high = (torch.tensor(r) for r in (coors_range_xyz[: self.ndim], coors_range_xyz[self.ndim :]))
-        self.low, self.vsize = self.low.float().to(self.device), torch.tensor(vsize_xyz).float().to(self.device)
-        # (z, y, x); in fp32, as spconv
-        self.grid_size = ((high.float() - self.low.cpu()) / self.vsize.cpu()).round().long().flip(0).tolist()
+        given = coors_range_xyz[: self.ndim], coors_range_xyz[self.ndim :], vsize_xyz
+        low, high, vsize = (torch.tensor(t, dtype=torch.float32) for t in given)
+        cells = ((high - low) / vsize).round().long().flip(0)  # in fp32, as spconv
+        self.grid_size = cells.tolist()  # (z, y, x)
         if min(self.grid_size) < 1 or torch.Size(self.grid_size).numel() >= OUTSIDE:
             raise ValueError(f"a grid of {self.grid_size} cells (z, y, x) is empty or too large")
+        self.low, self.vsize, self._cells = (t.to(self.device, non_blocking=True) for t in (low, vsize, cells))
         self.num_point_features = num_point_features
         self.max_num_voxels, self.max_num_points_per_voxel = max_num_voxels, max_num_points_per_voxel
 
@@ -64,8 +65,10 @@ class PointToVoxel:
         P, C = pc.shape
         if C != self.num_point_features:
             raise ValueError(f"points have {C} values, not num_point_features = {self.num_point_features}")
+        if pc.device.type != self.device.type:
+            raise ValueError(f"points are on {pc.device}, not on this generator's {self.device}")
         coord = ((pc[:, : self.ndim] - self.low) / self.vsize).floor().flip(1)  # (z, y, x)
-        inside = ((coord >= 0) & (coord < coord.new_tensor(self.grid_size))).all(dim=1)  # false for NaN
+        inside = ((coord >= 0) & (coord < self._cells)).all(dim=1)  # false for NaN
         coord = torch.where(inside[:, None], coord, 0).long()
         key = torch.zeros(P, dtype=torch.int64, device=pc.device)
         for axis, cells in enumerate(self.grid_size):
@@ -92,7 +95,7 @@ class PointToVoxel:
         with host_wait("points that are kept"):
             used = ((voxel >= 0) & (position < size)).nonzero()[:, 0]
         voxels[voxel[used], position[used]] = pc[order[used]].float()
-        count = torch.bincount(voxel[used], minlength=len(kept))
+        count = starts.diff(append=inside.sum()[None])[kept].clamp(max=size)
         if empty_mean:
             mean = voxels.sum(dim=1) / count.clamp(min=1)[:, None]
             empty = torch.arange(size, device=pc.device) >= count[:, None]

@@ -169,9 +169,12 @@ class SparseGlobalPool(SparseModule):
         raise NotImplementedError
 
     def forward(self, x: SparseConvTensor) -> Tensor:
-        sample = x.voxels.coords[:, 0].long()
-        counts = to_host(torch.bincount(sample, minlength=x.batch_size), "number of voxels of each sample")
-        rows = x.features.index_select(0, sample.argsort(stable=True)).split(counts)
+        sample, order = x.voxels.coords[:, 0].sort(stable=True)
+        ends = torch.searchsorted(
+            sample, torch.arange(x.batch_size, dtype=sample.dtype, device=sample.device), right=True
+        )
+        counts = to_host(ends.diff(prepend=ends.new_zeros(1)), "number of voxels of each sample")
+        rows = x.features.index_select(0, order).split(counts)
         return torch.stack([self.pool(r) if len(r) else r.sum(dim=0) for r in rows])
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unipad.kernels.backend import host_wait
 from unipad.spconv.voxels import Geometry, Table, VoxelSet
 
 
@@ -131,13 +132,15 @@ class SparseConvTensor:
 
     def select_by_index(self, valid_indices: Tensor) -> "SparseConvTensor":
         """The voxels that an index or a mask selects, without tables."""
-        selected = self.features[valid_indices], self.indices[valid_indices]
+        with host_wait("voxels that a mask selects"):
+            selected = self.features[valid_indices], self.indices[valid_indices]
         return SparseConvTensor(*selected, self.spatial_shape, self.batch_size)
 
     @classmethod
     def from_dense(cls, x: Tensor) -> "SparseConvTensor":
         """The cells with any channel other than 0 of x [B, (Z, (Y,)) X, C]. Differentiable. Waits for the device."""
-        indices = (x != 0).any(dim=-1).nonzero()
+        with host_wait("cells that are not 0"):
+            indices = (x != 0).any(dim=-1).nonzero()
         return cls(x[indices.unbind(1)], indices.int(), x.shape[1:-1], x.shape[0])
 
     def dense(

@@ -206,6 +206,14 @@ def test_other_voxels_under_the_same_key_raise():
         spconv.SparseConv3d(4, 4, 3, 2, 1, indice_key="b")(down)
 
 
+def test_voxels_that_were_modified_have_no_table_to_share():
+    x = tensor()
+    y = spconv.SubMConv3d(4, 4, 3, indice_key="a")(x)
+    y.indices[:, 3] = SHAPE[2] - 1 - y.indices[:, 3]
+    with pytest.raises(ValueError, match="other voxels"):
+        spconv.SubMConv3d(4, 4, 3, indice_key="a")(y)
+
+
 def test_a_pointwise_convolution_has_no_table_to_share():
     """As in CenterPoint, whose 1 x 1 convolutions may have the key of others."""
     y = spconv.SubMConv3d(4, 4, 3, indice_key="a")(tensor())

@@ -106,9 +106,14 @@ class VoxelSet:
         return self._outputs(True, kernel, stride, padding, dilation)
 
     def same_as(self, other: "VoxelSet") -> bool:
-        """Whether both have the same voxels in the same order; waits for the device if they are different objects."""
+        """Whether both have the same voxels in the same order; waits for the device if they are different objects.
+
+        A set that was modified in place is like no other: its tables are of the voxels that it had.
+        """
         if self is other:
             return True
+        if self.was_modified() or other.was_modified():
+            return False
         alike = (self.shape, self.batch_size, len(self)) == (other.shape, other.batch_size, len(other))
         with host_wait("whether two sets of voxels are equal"):
             return alike and torch.equal(self.coords, other.coords)

@@ -1,6 +1,7 @@
 """The sparse tensor: features of the occupied voxels of a batch of grids."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class SparseConvTensor:
             raise ValueError(f"features are on {features.device}, indices on {indices.device}")
         self.features, self.ndim = features, len(shape)
         self.indice_dict = {} if indice_dict is None else indice_dict
-        self._given, self._voxels = (indices, shape, int(batch_size)), None
+        self._given = indices, shape, int(batch_size)
 
     @classmethod
     def of(
@@ -65,7 +66,7 @@ class SparseConvTensor:
     ) -> "SparseConvTensor":
         """A tensor on a `VoxelSet`, with its tables."""
         x = cls.__new__(cls)
-        x.features, x.ndim, x._voxels = features, ndim, voxels
+        x.features, x.ndim, x.voxels = features, ndim, voxels
         x.indice_dict = {} if indice_dict is None else indice_dict
         return x
 
@@ -73,43 +74,59 @@ class SparseConvTensor:
         size = f"spatial_shape={self.spatial_shape}, batch_size={self.batch_size}"
         return f"SparseConvTensor(features={tuple(self.features.shape)} {self.features.dtype}, {size})"
 
-    @property
+    # An attribute of the instance once it is there: blocks that the model fuses read it for every layer
+    @cached_property
     def voxels(self) -> VoxelSet:
-        """The voxels, each at the row of its features."""
-        if self._voxels is None or not torch.compiler.is_compiling() and self._voxels.was_modified():
-            self._make_voxels()
-        return self._voxels
+        """The voxels, each at the row of its features; made and checked when first needed."""
+        return self._make_voxels()
+
+    def current_voxels(self) -> VoxelSet:
+        """`voxels`, made anew if they were modified in place."""
+        if not torch.compiler.is_compiling() and self.voxels.was_modified():
+            self.indices = self.indices
+        return self.voxels
 
     @torch.compiler.disable
     def _make_voxels(self):
-        given = self.indices, self.spatial_shape, self.batch_size
-        if len(given[0]) != len(self.features):
-            raise ValueError(f"{len(self.features)} rows of features do not match {len(given[0])} voxels")
-        self._voxels = VoxelSet.of_indices(*given)
+        indices, *_ = self._given
+        if len(indices) != len(self.features):
+            raise ValueError(f"{len(self.features)} rows of features do not match {len(indices)} voxels")
+        return VoxelSet.of_indices(*self._given)
+
+    def _parts(self):
+        """(indices, spatial shape, batch size)"""
+        voxels = self.__dict__.get("voxels")
+        if voxels is None:
+            return self._given
+        return voxels.indices(self.ndim), list(voxels.shape[3 - self.ndim :]), voxels.batch_size
+
+    def _set_parts(self, indices, shape, batch_size):
+        self._given = indices, [int(size) for size in shape], int(batch_size)
+        self.__dict__.pop("voxels", None)
 
     @property
     def indices(self) -> Tensor:
-        return self._given[0] if self._voxels is None else self._voxels.indices(self.ndim)
+        return self._parts()[0]
 
     @indices.setter
     def indices(self, indices):
-        self._given, self._voxels = (indices, self.spatial_shape, self.batch_size), None
+        self._set_parts(indices, self.spatial_shape, self.batch_size)
 
     @property
     def spatial_shape(self) -> list[int]:
-        return self._given[1] if self._voxels is None else list(self._voxels.shape[3 - self.ndim :])
+        return self._parts()[1]
 
     @spatial_shape.setter
     def spatial_shape(self, shape):
-        self._given, self._voxels = (self.indices, [int(size) for size in shape], self.batch_size), None
+        self._set_parts(self.indices, shape, self.batch_size)
 
     @property
     def batch_size(self) -> int:
-        return self._given[2] if self._voxels is None else self._voxels.batch_size
+        return self._parts()[2]
 
     @batch_size.setter
     def batch_size(self, batch_size):
-        self._given, self._voxels = (self.indices, self.spatial_shape, int(batch_size)), None
+        self._set_parts(self.indices, self.spatial_shape, batch_size)
 
     @property
     def spatial_size(self) -> int:
@@ -150,7 +167,7 @@ class SparseConvTensor:
 
         memory_format: of a tensor with channels first; `torch.channels_last_3d` (in 2D `channels_last`) saves a copy.
         """
-        voxels, C = self.voxels, self.features.shape[1]
+        voxels, C = self.current_voxels(), self.features.shape[1]
         cells = self.features.new_zeros(voxels.batch_size * torch.Size(voxels.shape).numel(), C)
         cells.index_copy_(0, voxels.keys(), self.features)
         cells = cells.view(voxels.batch_size, *voxels.shape[3 - self.ndim :], C)

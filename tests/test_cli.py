@@ -70,7 +70,7 @@ def another(hint, value):
 
 # Settings that another setting limits -> command-line arguments instead of those of `another`
 LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
-LIMITED |= {"data.sources": (-2, 2), "rays.patch_step": (2,)}
+LIMITED |= {"data.sources": (-2, 2), "rays.patch_step": (2,), "rays.patch": (5,)}
 # Settings that the photometric loss does not allow, and those that no recipe without it may have
 NOT_WITH_PHOTOMETRIC = {"rays.strategy", "augment.photometric", "augment.grid_mask"}
 ONLY_WITH_PHOTOMETRIC = {"data.sources", "render.photometric_weight"}

@@ -221,15 +221,13 @@ class RayChoice:
     pixel_interval: int = 4  # depth: spacing in pixels of the grid that a view's other rays are chosen from
     dilation: int = 16  # dilation: spacing of rays in pixels
     sky: float = 0.4  # depth, patch: top fraction of an image that patches and the grid of pixel_interval leave out
-    patch: int = 3  # patch: rays along the edge of a patch; a view has as many patches as per_view has room for
-    patch_step: int = 1  # patch: pixels between these rays; the photometric loss averages images over such squares
+    patch: int = 3  # patch: pixels along the edge of a patch, an odd number; only its middle one is rendered
+    patch_step: int = 1  # patch: steps between these, in pixels; the photometric loss averages images over such squares
 
     def __post_init__(self):
         check_below("--rays.near-radius", self.near_radius, "--rays.far-radius", self.far_radius)
-        if self.strategy == "patch" and self.per_view < self.patch**2:
-            raise UserError(
-                f"--rays.per-view {self.per_view} has no room for a patch of {self.patch} x {self.patch} rays."
-            )
+        if self.patch % 2 == 0:
+            raise UserError(f"--rays.patch {self.patch} must be odd: the middle ray of a patch is rendered.")
 
     @property
     def patch_edge(self) -> int:

@@ -49,7 +49,7 @@ def small(recipe):
         return replace(recipe, occupancy=replace(recipe.occupancy, max_voxels=500))
     return replace(
         recipe,
-        rays=replace(recipe.rays, per_view=9 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
+        rays=replace(recipe.rays, per_view=6, lidar_per_view=4),
         render=replace(recipe.render, samples=16, importance=8, search=16),
     )
 

@@ -164,7 +164,7 @@ class Renderer(nn.Module):
             rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume, features
         )
 
-    def loss(self, rendered: Rendered, rays: Rays, sources: Sources | None = None) -> dict[str, Tensor]:
+    def loss(self, rendered: Rendered, rays: Rays, patches: tuple[Rays, Sources] | None = None) -> dict[str, Tensor]:
         """The weighted terms whose weight in the config is above 0: name -> scalar.
 
         Each is a mean over what it applies to in a batch sample, then over batch samples (0 for one without any):
@@ -174,7 +174,8 @@ class Renderer(nn.Module):
             sdf         |start + sdf - d*| over samples within the truncation of d*
             eikonal     (|gradient| - 1)^2 over all samples
             points      |sdf| over the points given to `forward`
-            photometric `photometric_error` over the rays that it counts; needs `sources`
+            photometric `photometric_error` over the rays that it counts; needs `patches`, those around the rays, and
+                        where to look for them
             features    1 - cosine similarity over rays with features, or |f - f*| over these and all channels
         Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none,
         rays.features [R, F], 0 in all channels for none.
@@ -192,7 +193,7 @@ class Renderer(nn.Module):
             return ~before() & (starts <= target + truncation)
 
         def photometric():
-            error, counted = photometric_error(rendered.depth, rendered.hit, rays, sources)
+            error, counted = photometric_error(rendered.depth, rendered.hit, *patches)
             return _mean(error[:, None], hit_rays, counted[:, None])
 
         terms = {
@@ -210,7 +211,7 @@ class Renderer(nn.Module):
         }
         weights = {name: getattr(cfg, f"{name}_weight") for name in terms}
         assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
-        assert cfg.photometric_weight == 0 or sources is not None, "the loss `photometric` needs sources"
+        assert cfg.photometric_weight == 0 or patches is not None, "the loss `photometric` needs patches"
         with torch.autocast(sdf.device.type, enabled=False):
             return {name: weights[name] * term() for name, term in terms.items() if weights[name] > 0}
 

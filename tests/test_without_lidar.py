@@ -75,7 +75,7 @@ def test_two_processes_have_the_losses_of_one(root, tmp_path):
         flags = flags_of(root, tmp_path / name, "--steps", 3, "--batch-size", 2, "--lr", 3e-5, "--val-every", 3)
         done = launch("train.py", *flags)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for name, tolerance in {"train/loss": 2e-3, "train/photometric": 5e-3, "val/psnr": 1e-4}.items():
+    for name, tolerance in {"train/loss": 2e-3, "train/photometric": 5e-3, "val/psnr": 1e-3}.items():
         one, two = (curve(tmp_path / run, name) for run in ("one", "two"))
         assert one.keys() == two.keys() and one
         assert all(one[step] == pytest.approx(two[step], rel=tolerance) for step in one), (name, one, two)

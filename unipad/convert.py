@@ -324,7 +324,7 @@ class Args:
     preset: str | None = None  # UniPAD: the recipe that SOURCE belongs to (default: the one that fits)
     # ours: write only the encoder, for this project; OUT ends with .safetensors for that format, else it is PyTorch's
     to: Literal["mmdet3d", "openpcdet", "pointcept"] | None = None
-    spconv: Literal[1, 2] | None = None  # ours, for UniPAD: layout of sparse convolutions' weights in OUT; default: 1
+    spconv: Literal[1, 2] | None = None  # ours, for UniPAD: layout of sparse convolutions' weights in OUT (default: 1)
     strict: bool = True  # refuse a file unless all weights match
     overwrite: bool = False  # replace OUT if it exists
 

@@ -51,7 +51,7 @@ PROJECTS = {
     "pointcept": Project("Pointcept", (UnetConfig,), "state_dict", {UnetConfig: ("backbone.final.", "the classifier")}),
 }
 NAMES = {CameraConfig: "ConvNeXt and FPN", LidarConfig: "the sparse encoder", UnetConfig: "SpUNet"}
-VOXEL_RES_BACKBONE = ((16, 32, 64, 128), 2)  # OpenPCDet's VoxelResBackBone8x: channels and blocks, not settings there
+WIDTHS, BLOCKS = (16, 32, 64, 128), 2  # of OpenPCDet's VoxelResBackBone8x, where they are no settings
 POINT = "x, y, z in meters in the LiDAR's frame (nuScenes: x right, y forward), intensity 0 to 255"
 
 
@@ -87,17 +87,15 @@ def export(weights: dict[str, Tensor], recipe: Recipe, to: str, source: Path | s
             f"--to {to}: {project.name} has no network like {_names(encoders)} of {source}; it has one like "
             f"{_names(project.encoders)}."
         )
-    if to == "openpcdet" and (sizes := (recipe.lidar.widths, recipe.lidar.blocks)) != VOXEL_RES_BACKBONE:
+    if to == "openpcdet" and (recipe.lidar.widths, recipe.lidar.blocks) != (WIDTHS, BLOCKS):
         raise UserError(
-            "--to openpcdet: its VoxelResBackBone8x has {} channels and {} blocks per stage, which are no settings, "
-            "but the sparse encoder of {} has {} and {}; --to mmdet3d takes any.".format(
-                *VOXEL_RES_BACKBONE, source, *sizes
-            )
+            f"--to openpcdet: its VoxelResBackBone8x always has {WIDTHS} channels and {BLOCKS} blocks per stage, the "
+            f"sparse encoder of {source} has {recipe.lidar.widths} and {recipe.lidar.blocks}; --to mmdet3d takes any."
         )
     theirs, unknown = to_project(weights, to)
     lines = []
     if to == "openpcdet":
-        # zeros, which change nothing: else its own random ones stay
+        # zeros change nothing; without them, its own random ones would stay
         convs = [key for key in theirs if key.endswith((".conv1.weight", ".conv2.weight"))]
         theirs |= {key.replace(".weight", ".bias"): torch.zeros(len(theirs[key])) for key in convs}
         lines.append(f"supplied: {len(convs)} biases of 0, which its convolutions have unless USE_BIAS is False")
@@ -146,7 +144,7 @@ def _mmdet3d_lidar(recipe):
         paddings.append([0] * lidar.blocks + [1] * (stage < len(lidar.widths) - 1))
     if len(lidar.widths) > 1:
         paddings[-2][-1] = [0, 1, 1]
-    cells = _cells(recipe)
+    cells = cells_of_range(recipe.grid.low, recipe.grid.high, lidar.cell, "--lidar.cell")  # x, y, z
     return [
         _setting(
             "pts_middle_encoder",
@@ -207,8 +205,3 @@ def _setting(name, kind, **settings):
 
 def _range(recipe):
     return [*recipe.grid.low, *recipe.grid.high]
-
-
-def _cells(recipe):
-    """Voxels of the range along x, y, z."""
-    return cells_of_range(recipe.grid.low, recipe.grid.high, recipe.lidar.cell, "--lidar.cell")

@@ -32,7 +32,7 @@ from torch import nn
 
 from tests.golden import FOLDER
 from unipad import convert
-from unipad.config import to_dict
+from unipad.config_dict import to_dict
 from unipad.export import load_encoder
 from unipad.model.pretrain import Pretrain
 from unipad.model.sparse import SparseTensor, VoxelSet

@@ -17,7 +17,7 @@ import tyro
 from tests.golden import FOLDER
 from tests.scripts import REPO
 from unipad.checkpoint import read_checkpoint, write_safetensors
-from unipad.config import to_dict
+from unipad.config_dict import to_dict
 from unipad.convert import Args, convert_ours, main
 from unipad.errors import UserError
 from unipad.export import PROJECTS, export, load_encoder

@@ -1,7 +1,8 @@
 """UniPAD: self-supervised pre-training for autonomous driving by neural rendering.
 
 config.py      all settings, as frozen dataclasses
-recipes.py     presets: the paper's, the released configs', tiny ones
+config_dict.py settings as dictionaries for files, and back
+recipes/       presets: the paper's, the released configs', tiny ones
 batch.py       the batch: the interface between data and model
 boxes.py       box geometry, for data and model
 errors.py      the errors that users see: sentences that name the fix

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unipad.config import AnyRecipe, Recipe, from_dict
+from unipad.config import AnyRecipe, Recipe
+from unipad.config_dict import from_dict
 from unipad.errors import UserError
 from unipad.exit import has_ended
 

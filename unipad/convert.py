@@ -46,8 +46,8 @@ from unipad.config import (
     PretrainRecipe,
     Recipe,
     SegmentRecipe,
-    to_dict,
 )
+from unipad.config_dict import to_dict
 from unipad.errors import UserError, check_choices
 from unipad.exit import exit_on_user_error
 from unipad.export import PROJECTS, export

@@ -318,7 +318,9 @@ def test_a_patch_counts_only_where_it_is_seen_whole():
         others = replace(sources.others, sizes=torch.tensor([[size]]))
         error, counted = error_at(truth(patch), patch, replace(sources, others=others))
         assert not counted.any() and not error.any()
-    assert not error_at(truth(patch), patch, sources, hit=torch.tensor([False]))[1].any()
+    depth = torch.zeros(1, requires_grad=True)  # of a ray that crosses no volume
+    error, counted = error_at(depth, patch, sources, hit=torch.tensor([False]))
+    assert not counted.any() and not torch.autograd.grad(error.sum(), depth)[0].any()  # nor is it NaN
     # of a diverged model: must not be hidden
     error, counted = error_at(torch.tensor([torch.nan]), patch, sources)
     assert counted.all() and error.isnan().all()

@@ -129,7 +129,9 @@ def photometric_error(depth: Tensor, hit: Tensor, patches: Rays, sources: Source
         unmoved = _errors(*_warped(at, patches, view, at_rest), target, known).amin(dim=(1, 2))
         # True for NaN, which must not be hidden
         counted = ~((error == torch.inf) & ~pulled | (torch.minimum(error, best) >= unmoved))
-    error = torch.where(pulled, (depth / proposed).log().abs(), error)
+    # 1 for the others: the gradient of log would be NaN at the depth of a ray that crosses no volume, 0
+    ratio = torch.where(pulled, depth, 1.0) / torch.where(pulled, proposed, 1.0)
+    error = torch.where(pulled, ratio.log().abs(), error)
     return torch.where(counted, error, 0), counted
 
 

@@ -34,8 +34,8 @@ WORLD = World(rank=0, size=1, device=torch.device(DEVICE))
 @dataclass(frozen=True)
 class Args:
     cases: tyro.conf.Positional[tuple[str, ...]] = (*recipes(), ENCODER)  # task/modality/preset, or the image encoder
-    image_size: tuple[int, int] = (128, 224)  # height, width of the image encoder's images, multiples of 32
-    steps: int = 10  # number of steps that are timed, of each kind
+    image_size: tuple[int, int] = (128, 224)  # (height, width) of the image encoder's images, multiples of 32
+    steps: int = 10  # number of timed steps, eager and compiled each
 
 
 class EncoderStep:

@@ -42,7 +42,7 @@ class Args:
     step_ms: float = 100.0  # milliseconds of a training step with one sample
     repeats: int = 5  # passes over the frames, of which the fastest counts
     data_root: Path | None = None  # folder of a dataset in the nuScenes format; None: a synthetic city
-    version: str = "v1.0-mini"  # its version
+    version: str = "v1.0-mini"  # version of the dataset
 
 
 def training_set(recipe, model, root, version):

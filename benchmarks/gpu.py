@@ -58,11 +58,11 @@ CURVE_STEPS = 60 if ON_GPU else 3  # stage training: steps that also run on a CP
 
 @dataclass(frozen=True)
 class Args:
-    minutes: float = 8.0  # for all stages together
+    minutes: float = 8.0  # minutes for all stages together
     stages: tuple[Literal[tuple(TIME_FRACTIONS)], ...] = tuple(TIME_FRACTIONS)  # stages to run, always in this order
     out: Path | None = None  # folder of the results (default: outputs/gpu/<time>)
     commit: str | None = None  # commit of this code, for results.csv (default: from git)
-    report: Path | None = None  # folder of an earlier run: only write its report, its rows and the README's table again
+    report: Path | None = None  # folder of an earlier run: only rewrite its report, its rows and the README's table
 
 
 # The stages

@@ -28,9 +28,9 @@ def read_occupancy(path: Path) -> np.ndarray:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
         if missing := [name for name in ARRAYS if name not in members]:
-            raise BadFrame(path, f"has no array {missing[0]}: these are no labels of Occ3D-nuScenes")
+            raise BadFrame(path, f"has no array {missing[0]}: these are not labels of Occ3D-nuScenes")
         if max(members[name] for name in ARRAYS) > MAX_BYTES:
-            raise BadFrame(path, f"has arrays of more than {shape} voxels, Occ3D-nuScenes' grid: other labels")
+            raise BadFrame(path, f"has arrays of more than {shape} voxels, which is the grid of Occ3D-nuScenes")
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in ARRAYS]
     except FileNotFoundError:

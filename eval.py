@@ -1,8 +1,8 @@
 """Evaluate a model, with pictures of its predictions.
 
-    python eval.py RUN                                  # NDS and mAP of boxes, mIoU of points or voxels, or, of a
-                                                        # pre-trained model, PSNR, depth errors, distance of features
-                                                        # and IoU of carved occupancy: those that it learned
+    python eval.py RUN                                  # NDS and mAP of boxes, or mIoU of points or voxels; for a
+                                                        # pre-trained model PSNR, depth errors, distance of features
+                                                        # and IoU of carved occupancy, if it was trained for them
     python eval.py RUN --tta                            # test-time augmentation: twelve scaled and flipped copies of
                                                         # every frame for boxes, eight rotated and flipped for points
     python eval.py RUN --version v1.0-test --split test --data-root /data/nuscenes       # a submission

@@ -16,8 +16,8 @@ Stages, the most important first, each with a fraction of the time:
 
 Results are written as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. If a stage
 fails, crashes or runs out of time, its results so far are kept and the next stage runs. At the end the rows of that
-results.csv are added to benchmarks/results.csv, from which the README's table is generated. On a CPU everything runs at
-tiny sizes, to try it out, and benchmarks/results.csv and the README do not change.
+results.csv are added to benchmarks/results.csv, from which the README's table is generated. On a CPU, everything runs
+at tiny sizes, as a trial, and benchmarks/results.csv and the README do not change.
 """
 
 import csv

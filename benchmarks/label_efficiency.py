@@ -20,8 +20,8 @@ it fine-tunes the arms of the experiment:
 The arms of a seed see the same frames in the same order. `eval.py` evaluates each run on --split. Rows are appended to
 results.csv in --out as they come; the same command again runs only what is missing, and resumes what was interrupted.
 On a CPU, each run computes with one thread, so that its result does not depend on the number of cores: use --jobs.
-It still depends on the CPU's model, unless --portable is given (see `PORTABLE`): rounding differs, and training
-amplifies that to differences as between seeds.
+It still depends on the CPU model, unless --portable is given (see `PORTABLE`): rounding differs, and training amplifies
+this to differences as large as those between seeds.
 
 Choose settings with --split city_dev, whose scenes are in neither the training nor the validation split.
 """

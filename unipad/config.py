@@ -142,7 +142,7 @@ class CameraConfig:
     aspp_channels: int = 96  # complex depth head: channels of each ASPP branch
     depth_weight: float = 0.0  # fine-tuning only: weight of the loss on the depth bins, supervised by LiDAR
     view: Literal["gather", "pool"] = "gather"  # view transform
-    truncate: bool = False  # pool: round cell coordinates towards zero, as the original does, instead of down
+    truncate: bool = False  # pool: round cell coordinates toward zero, as the original does, instead of down
 
     def __post_init__(self):
         stages = len(self.widths)

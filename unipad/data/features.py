@@ -3,7 +3,7 @@
     FOLDER/samples/CAM_FRONT/NAME.npy    features of DATA_ROOT/samples/CAM_FRONT/NAME.jpg
 
 A file has one array [h, w, F] of float16 or float32: the features of h x w squares that cover the image, such as the
-patches of a vision transformer; its name does not matter in an .npz. All files have the same F. docs/data.md has a
+patches of a vision transformer. In an .npz, the array may have any name. All files have the same F. docs/data.md has a
 script that writes them.
 """
 

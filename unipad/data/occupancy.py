@@ -2,7 +2,7 @@
 
     semantics    [200, 200, 16] uint8 class 0 to 17, see `unipad.batch.OCCUPANCY_CLASSES`
     mask_lidar   the same shape, 1: a LiDAR ray of the scene has passed through the voxel, or ended in it
-    mask_camera  1: besides, a camera of this keyframe sees it
+    mask_camera  the same shape, 1: in addition, a camera of this keyframe sees the voxel
 
 Axes are x, y and z of the ego frame. Labels of other benchmarks on nuScenes have other grids, classes or arrays, and
 are refused.

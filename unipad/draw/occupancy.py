@@ -1,4 +1,4 @@
-"""Pictures of voxels in the colors of their classes: from above, and as rays through pixels of the cameras hit them.
+"""Pictures of voxels in the colors of their classes: from above, and as seen through the pixels of the cameras.
 
 Ground truth is on top.
 """

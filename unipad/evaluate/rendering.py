@@ -1,4 +1,4 @@
-"""Quality of renderings: PSNR of colors, errors of depths, distances of features; and of carved occupancy."""
+"""Quality of renderings (PSNR of colors, errors of depths, distances of features), and IoU of carved occupancy."""
 
 from collections.abc import Iterable
 

@@ -1,7 +1,7 @@
 """Detections -> `results_nusc.json` in nuScenes' format, scored by the unmodified devkit.
 
-The devkit fails on boxes with numbers that are not finite or without a size: they are not written. It also fails on a
-file without a single box (an untrained model's): here such a file gets mAP and NDS 0 and all errors 1.
+The devkit fails on boxes without a size or with numbers that are not finite, so these are not written. It also fails on
+a file without any box (from an untrained model): here such a file gets mAP and NDS 0 and all errors 1.
 """
 
 import json

@@ -357,7 +357,7 @@ def frames_to_render(args, dataset, world):
 
 
 def task_of(args, recipe):
-    """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given, and
+    """What the checkpoint was trained for. Raises `UserError` if another task, or another task's flag, is given, and
     for a number of classes that is not that of nuScenes."""
     tasks = {DetectRecipe: "detect", SegmentRecipe: "segment", OccupancyRecipe: "occupancy"}
     trained_for = tasks.get(type(recipe), "render")

@@ -172,7 +172,7 @@ def main(args: Args):
 
 
 def missing_cases(args, rows):
-    """The (arm, fraction, seed, steps) of `args` without a row. Raises `UserError` where rows have other settings."""
+    """The (arm, fraction, seed, steps) of `args` without a row. Raises `UserError` if rows have other settings."""
     for flags in (args.flags.split(), args.pretrain_flags.split()):
         if "--seed" in flags or "--steps" in flags:
             raise UserError("--flags and --pretrain-flags must not contain --seed or --steps; use --seeds and --steps.")

@@ -90,7 +90,7 @@ class SourceFrames:
 
 @dataclass(frozen=True)
 class OccupancyIndex:
-    """What occupancy needs of each keyframe besides the `Index`: a separate index, since only this task needs it.
+    """What occupancy needs of each keyframe beyond the `Index`: a separate index, since only this task needs it.
 
     F keyframes in the order of the `Index`. The ego frame is that of the keyframe's LiDAR at its own timestamp.
     """

@@ -86,7 +86,7 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` next to `file`.
 
     root: the dataset's folder, from `unipad.data.tables.find_root`. On the full nuScenes this takes half a minute and
-    several GB of memory. Raises `UserError` where the devkit fails.
+    several GB of memory. Raises `UserError` if the devkit fails.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes

@@ -40,7 +40,7 @@ def rendered_views(
 
     generators: one per sample, for the masks of the encoder's input; None: no masking.
     stride:     pixels between rendered rays of a camera.
-    normals:    render surface normals too, as colors: red right, green ahead, blue up.
+    normals:    render surface normals too, as colors: red right, green forward, blue up.
     width:      of each camera's picture, in pixels; a single picture in a row is six times as wide.
     """
     was_training = model.training

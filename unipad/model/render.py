@@ -109,7 +109,7 @@ class Renderer(nn.Module):
             stop:   transmittance below which a ray ends early, in the fused op only: for pictures and metrics, not for
                     losses.
 
-        Without rays all tensors of rays are empty. Differentiable once in `volume` and the parameters.
+        Without rays all tensors of rays are empty. Differentiable once w.r.t. `volume` and the parameters.
 
         On a GPU neither this, `loss` nor their backward synchronizes with the host, so that a CUDA graph can capture
         them; only VolSDF's sampler does, see `volsdf_edges`. With deterministic algorithms, features are rendered by

@@ -369,7 +369,7 @@ def halve_with_thumbnail(path):
         ("lidar", lambda p: truncate(p, 0), "empty"),
         ("lidar", lambda p: p.unlink(), "missing"),
         ("lidar", lambda p: write_points(p, y=np.nan), "not finite"),
-        ("lidar", lambda p: write_points(p, x=1e10), "a point at 1e"),
+        ("lidar", lambda p: write_points(p, x=1e10), "a point 1e"),
         ("lidar", lambda p: write_points(p, x=1, i=3e38), "an intensity of 3e"),
         ("image", lambda p: p.unlink(), "missing"),
         ("image", lambda p: truncate(p, -100), "truncated"),

@@ -12,7 +12,8 @@ run_folder.py  the folder, log and checkpoints of a training run
 progress.py    what a training loop prints and logs, and how it ends if it diverges
 checkpoint.py  checkpoint files: writing, reading, taking weights from them
 convert.py     checkpoints of the original (the authors' code) <-> ours, ImageNet's ConvNeXt -> ours
-names.py       parameter names: the original's <-> ours
+export.py      encoders for other code: as modules, as weights for networks of other projects
+names.py       parameter names: the original's <-> ours, ours -> other projects'
 optimizer.py   AdamW and its schedules
 cli.py         command lines: a script's flags and every setting of the recipe
 data/          datasets read into batches, and the synthetic city

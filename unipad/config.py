@@ -110,7 +110,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Paste:
-    """Cut and paste: fill samples up with objects of other training frames. Classes in the order of `batch.CLASSES`."""
+    """Cut-and-paste: fill samples up with objects of other training frames. Classes in the order of `batch.CLASSES`."""
 
     counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # fill a sample up to this many objects of each class
     min_points: int = 5  # paste only objects with at least this many LiDAR points, over all sweeps of their sample

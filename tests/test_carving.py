@@ -240,7 +240,8 @@ def test_every_loss_but_occupancy_casts_rays(loss, batch, monkeypatch):
     monkeypatch.setattr("unipad.model.render.Renderer.forward", forward)
     nothing = replace(TINY.render, **{f"{name}_weight": 0.0 for name in LOSSES})
     assert not nothing.renders and not any(v for name, v in vars(nothing).items() if name.endswith("_weight"))
-    alone = replace(TINY, render=replace(nothing, **{f"{loss}_weight": 0.1}))
+    render, data = replace(nothing, **{f"{loss}_weight": 0.1}), replace(TINY.data, feature_channels=3)
+    alone = replace(TINY, render=render, data=data)
     assert alone.render.renders == (loss != "occupancy")
     with pytest.raises(Rendered) if alone.render.renders else contextlib.nullcontext():
         losses_of(alone, batch)

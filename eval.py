@@ -52,7 +52,8 @@ from unipad.config import (
     SegmentRecipe,
     UnetConfig,
 )
-from unipad.data.dataset import DEFAULT_DATASET, BadFrame, check_recorded, collate, dataset_class
+from unipad.data.collate import collate
+from unipad.data.dataset import DEFAULT_DATASET, BadFrame, check_recorded, dataset_class
 from unipad.data.loader import held_out_batches
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from benchmarks.full_step import TASKS
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate, is_synthetic
 from unipad.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from unipad.config import Data
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.kernels.carve import FREE, FULL
 from unipad.model.carving import Carving

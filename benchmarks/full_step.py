@@ -22,7 +22,7 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.harness import DEVICE, MEASUREMENTS, Row, gpu_events, machine
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
 from unipad.kernels.backend import references

@@ -13,9 +13,10 @@ import eval as evaluation
 from tests.test_rays import make_batch
 from unipad.checkpoint import take_weights, write_checkpoint
 from unipad.cli import check_recipe
-from unipad.config import Data, Grid, to_dict
+from unipad.config import Data, Grid
+from unipad.config_dict import to_dict
 from unipad.convert import convert_ours
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.draw.carving import _from_above
 from unipad.draw.views import rendered_views

@@ -19,7 +19,8 @@ from tests import scripts, test_dataset
 from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
 from unipad.checkpoint import recipe_of, take_weights
 from unipad.cli import ADDED_FLAGS
-from unipad.config import ADDED_SETTINGS, PretrainRecipe, from_dict
+from unipad.config import PretrainRecipe
+from unipad.config_dict import ADDED_SETTINGS, from_dict
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DEFAULT_PRESET, DETECT, OCCUPANCY, PRETRAIN, SEGMENT

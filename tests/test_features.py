@@ -16,9 +16,11 @@ from tests.test_data_docs import TEXT
 from tests.test_rays import make_batch, seeded_generators
 from tests.test_train import SMALL, checkpoint, curve
 from unipad.checkpoint import write_checkpoint
-from unipad.config import Augment, Data, to_dict
+from unipad.config import Augment, Data
+from unipad.config_dict import to_dict
 from unipad.data.city.solids import CATEGORIES, CATEGORY
-from unipad.data.dataset import BadFrame, DataError, collate
+from unipad.data.collate import collate
+from unipad.data.dataset import BadFrame, DataError
 from unipad.data.features import read_features
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset

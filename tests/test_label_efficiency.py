@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import label_efficiency
 from benchmarks.label_efficiency import PORTABLE, Args, Row, append_rows, draw, read_rows, spread, table
-from tests.other_cpus import EMULATOR, HERE, run
+from tests.other_cpus import EMULATOR, HERE, RECORD, RECORDED, portable_results, run, versions
 from unipad.errors import UserError
 
 ROW = Row(
@@ -236,3 +236,15 @@ def test_portable_results_are_those_of_other_cpus(cpu):
     """Emulated ones, of Intel and AMD. Without the settings, they differ from this CPU's."""
     assert run(cpu, True, "-c", ROUNDED) == run(HERE, True, "-c", ROUNDED)
     assert run(cpu, False, "-c", ROUNDED) != run(HERE, False, "-c", ROUNDED)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_MKL, reason="--portable is for x86-64 with AVX2, and PyTorch with MKL")
+@pytest.mark.parametrize("kind", RECORDED)
+def test_portable_results_are_those_on_record(kind):
+    """A city, pre-training, fine-tuning and evaluation: every bit is that of the CPU that made the record. After a
+    change that is meant to change results: `python -m tests.other_cpus --record`."""
+    record = json.loads(RECORD.read_text())
+    if versions() != record["versions"]:
+        pytest.skip(f"recorded with {record['versions']}, this is {versions()}")
+    assert portable_results(kind, RECORDED[kind]) == record[kind]

@@ -17,7 +17,8 @@ from pyquaternion import Quaternion
 
 from unipad.batch import CAMERAS, CLASSES
 from unipad.config import Data
-from unipad.data.dataset import BadFrame, DataError, collate
+from unipad.data.collate import collate
+from unipad.data.dataset import BadFrame, DataError
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
 

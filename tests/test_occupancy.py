@@ -21,7 +21,7 @@ from tests.test_train import checkpoint, curve
 from unipad.batch import FREE, OCCUPANCY_CLASSES, OCCUPANCY_SHAPE
 from unipad.cli import check_recipe
 from unipad.config import Augment, Data, Grid, Occupancy, Paste
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import apply_transform, make_transform
 from unipad.draw.occupancy import UNSEEN, highest, occupancy_views

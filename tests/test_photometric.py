@@ -14,7 +14,7 @@ from tests.test_rays import make_batch, seeded_generators
 from unipad.batch import CAMERAS
 from unipad.config import Augment, Data, RayChoice
 from unipad.data import synthetic
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.errors import UserError
 from unipad.kernels.warp import warp

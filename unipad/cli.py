@@ -19,7 +19,8 @@ from typing import TypeVar
 import tyro
 
 from unipad.batch import OCCUPANCY_CLASSES
-from unipad.config import CONVNEXT, FinetuneRecipe, OccupancyRecipe, PretrainRecipe, Recipe, from_dict
+from unipad.config import CONVNEXT, FinetuneRecipe, OccupancyRecipe, PretrainRecipe, Recipe
+from unipad.config_dict import from_dict
 from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 

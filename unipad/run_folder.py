@@ -31,7 +31,8 @@ from unipad.checkpoint import (
     write_checkpoint,
 )
 from unipad.cli import ADDED_FLAGS
-from unipad.config import AnyRecipe, from_dict, to_dict
+from unipad.config import AnyRecipe
+from unipad.config_dict import from_dict, to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
 from unipad.runtime import World, meet, on_main

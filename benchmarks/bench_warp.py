@@ -1,4 +1,4 @@
-"""warp: kernel, reference, and the same by F.grid_sample.   python -m benchmarks.bench_warp"""
+"""warp: kernel, reference, and the same op with F.grid_sample.   python -m benchmarks.bench_warp"""
 
 import torch
 import torch.nn.functional as F

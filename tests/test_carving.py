@@ -163,7 +163,7 @@ def test_a_lag_of_no_sweep_is_refused(name, samples):
     row = points[:, 4].argmax()
     assert points[row, 4] > 0
     points[row, 4] = np.nextafter(points[row, 4], np.float32(1))
-    with pytest.raises(UserError, match=f"{samples[1].token} has points of the time lag 0.*, which is not in Sample"):
+    with pytest.raises(UserError, match=f"{samples[1].token} has points with the time lag 0.*, which is not in Sample"):
         collate([samples[0], replace(samples[1], **{name: points})])
 
 

@@ -70,7 +70,7 @@ GOOD = np.ones((9, 16, 40), np.float16)
         (GOOD.astype(np.int8), "values of type int8"),
         (
             GOOD[..., :4],
-            "has 4 channels, not 40, as others or --data.feature-channels: .* 0 counts theirs",
+            "has 4 channels, but other files or --data.feature-channels have 40: .* 0 takes the number from the files",
         ),
         (np.where(np.arange(40) == 3, np.nan, GOOD).astype(np.float16), "values that are not finite"),
         (np.where(np.arange(40) == 3, np.inf, GOOD).astype(np.float32), "values that are not finite"),
@@ -279,7 +279,7 @@ def test_settings_that_cannot_be_combined(flags, message):
         train.parse(["--modality", "lidar", "--preset", "features-tiny", *flags])
     if flags[0] == "--data.no-cameras":  # also where the dataset has no images
         recipe = PRETRAIN["lidar"]["features-tiny"]
-        words = "see no pixel: they need --render.features-weight 0 --data.features None"
+        words = "see no pixels, which some losses need: add --render.features-weight 0 --data.features None"
         with pytest.raises(UserError, match=words):
             train.with_ray_origins(recipe, has_images=False, print0=print)
 

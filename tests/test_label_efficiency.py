@@ -115,9 +115,9 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
     label_efficiency.main(replace(args, arms=("scratch",), portable=True))
     assert {row.variant for row in read_rows(tmp_path / "results.csv")} == {"default", "default-portable"}
     assert (tmp_path / "lidar/default-portable/scratch-0.5-2-0/checkpoints/last.pt").exists()
-    with pytest.raises(UserError, match="name a new variant"):
+    with pytest.raises(UserError, match="choose another name for --variant"):
         label_efficiency.main(replace(args, flags="--workers 0 --lr 1"))
-    with pytest.raises(UserError, match="name a new variant"):
+    with pytest.raises(UserError, match="choose another name for --variant"):
         label_efficiency.main(replace(args, pretrained=tmp_path / "another"))
     label_efficiency.main(replace(args, figure=tmp_path / "figure.png"))
     frame = cv2.imread(str(tmp_path / "figure_frame.png"))

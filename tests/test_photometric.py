@@ -434,9 +434,9 @@ def test_rays_from_the_lidar_have_no_patches():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--data.sources", 1, 1], "different numbers of frames"),
-        (["--data.sources", 0], "different numbers of frames"),
-        (["--data.sources", 13], "different numbers of frames"),
+        (["--data.sources", 1, 1], "distinct frame offsets"),
+        (["--data.sources", 0], "distinct frame offsets"),
+        (["--data.sources", 13], "distinct frame offsets"),
         (["--rays.per-view", 8], "no room for a patch"),
         (["--rays.patch-step", 200], "images of 128 x 224 pixels have no room for a patch"),
         (["--rays.strategy", "random"], "--rays.strategy patch"),

@@ -3,8 +3,8 @@
     <folder>/occupancy/<sample token>.npz        arr_0: [200, 200, 16] uint8 class 0 to 17
 
 mIoU is that of the benchmark (CVPR 2023 challenge): IoUs from one confusion matrix of all voxels that the cameras of
-their keyframe see, and the mean over the classes but free. A class that occurs neither in the labels nor in predictions
-has no IoU, and the mean leaves it out; one that is only predicted has IoU 0.
+their keyframe see, and the mean over all classes except free. A class that occurs neither in the labels nor in
+predictions has no IoU, and the mean leaves it out; one that is only predicted has IoU 0.
 """
 
 import json

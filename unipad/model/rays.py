@@ -1,7 +1,7 @@
 """Which rays are cast, and their targets: from the cameras or, where a batch has none, from the LiDAR.
 
 A candidate for a ray is (u, v, z): a pixel and its depth along the optical axis, 0 where no LiDAR point gives one.
-Choosing rays never waits for the GPU: candidates that must not be chosen get rank 0, they are not removed.
+Choosing rays never waits for the GPU: candidates that must not be chosen are not removed, but get rank 0.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,16 +15,16 @@ On a GPU, field, opacity and compositing of neus and volsdf are one fused op, `s
 unisurf, other fields, fp64 and CPUs run op by op.
 
 Features of any number of channels are rendered as `features = head(sum_s w_s f_s)`, with the C channels f_s of the
-volume at sample s and one linear layer, the head. Being linear, it gives what heads of all samples would give, plus its
-bias for what a ray lets through: the bias is the features of the background, such as the sky. Others decode before they
-sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample, RenderOcc (arXiv 2309.09502), without a background, to
-class scores in every voxel.
+volume at sample s and one linear layer, the head. Because the head is linear, this equals the sum of its outputs at all
+samples, plus its bias times what the ray lets through: the bias is the features of the background, such as the sky.
+Other methods decode before they sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample; RenderOcc (arXiv
+2309.09502), without a background, to class scores in every voxel.
 
 A sample lies at the start of its interval. Rays, points, rendered depths and the settings `near` and `truncation` are
 in meters; all other lengths are scaled meters, meters * grid.scale.
 
-A ray that misses the volume renders black at depth 0 and does not count in any loss. A sample is one on a ray; a sample
-of the batch is called a batch sample.
+A ray that misses the volume renders black at depth 0 and does not count in any loss. "Sample" means a sample on a ray;
+a sample of the batch is called a batch sample.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ class Renderer(nn.Module):
             stop:   transmittance below which a ray ends early, in the fused op only: for pictures and metrics, not for
                     losses.
 
-        Without rays all tensors of rays are empty. Differentiable once in `volume` and the parameters.
+        Without rays all tensors of rays are empty. Differentiable once w.r.t. `volume` and the parameters.
 
         On a GPU neither this, `loss` nor their backward synchronizes with the host, so that a CUDA graph can capture
         them; only VolSDF's sampler does, see `volsdf_edges`. With deterministic algorithms, features are rendered by

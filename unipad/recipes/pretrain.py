@@ -57,7 +57,7 @@ LIDAR_075_PRETRAIN = PretrainRecipe(
 
 
 def _with_occupancy(recipe):
-    """The recipe with the loss `occupancy` beside its own: not in the paper."""
+    """The recipe with the loss `occupancy` added: not in the paper."""
     return replace(recipe, render=replace(recipe.render, occupancy_weight=1.0))
 
 

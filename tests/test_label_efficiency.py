@@ -129,6 +129,31 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
     assert "--lr" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_occupancy_is_fine_tuned_from_a_pre_trained_encoder_and_from_scratch(labeled, tmp_path):
+    args = Args(
+        task="occupancy",
+        arms=("scratch", "pretrained"),
+        fractions=(0.5,),
+        seeds=(0,),
+        steps=(2,),
+        pretrain_steps=2,
+        pretrain_flags="--workers 0 --val-samples 1 --val-every 0 --preset tiny",
+        flags="--workers 0 --occupancy.max-voxels 2000",
+        data_root=labeled,
+        version="v1.0-mini",
+        preset="tiny",
+        out=tmp_path,
+    )
+    label_efficiency.main(args)
+    rows = read_rows(tmp_path / "results.csv")
+    cases = {(row.arm, row.metric): row.pretrained.endswith("pretrained, 2 steps") for row in rows}
+    assert cases == {(arm, m): arm == "pretrained" for arm in args.arms for m in ("mIoU", "RayIoU")}
+    assert all(0 <= row.value < 0.5 and row.cpu_seconds > 0 for row in rows)
+    evaluated = tmp_path / "occupancy-lidar" / "default" / "pretrained-0.5-2-0" / "eval-val"
+    assert (evaluated / "occupancy_0.png").exists() and len(list((evaluated / "occupancy").glob("*.npz"))) == 3
+
+
 def test_flags_that_have_a_place_of_their_own_are_refused(tmp_path):
     for flags in ({"flags": "--seed 3"}, {"pretrain_flags": "--steps 3"}):
         with pytest.raises(UserError, match="use --seeds and --steps"):

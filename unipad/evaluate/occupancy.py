@@ -97,8 +97,8 @@ def count(classes: torch.Tensor, labels: torch.Tensor, origins: np.ndarray | Non
     return Counts(pairs.view(n, n).cpu().numpy(), rays)
 
 
-def summarize(counts, folder: Path) -> dict:
-    """The metrics of frames' `Counts`, also written to `occupancy_summary.json` in `folder`.
+def summarize(counts, folder: Path | None = None) -> dict:
+    """The metrics of frames' `Counts`, also written to `occupancy_summary.json` in `folder`, if given.
 
     Returns miou and iou in [0, 1], iou_per_class: class -> value; with rays also rayiou, the mean over thresholds and
     classes, rayiou_per_threshold, and rayiou_per_class: class -> value of each threshold. NaN, and
@@ -122,8 +122,9 @@ def summarize(counts, folder: Path) -> dict:
             "rayiou_per_threshold": {f"{most:g} m": mean(row) for most, row in zip(THRESHOLDS, of_rays, strict=True)},
             "rayiou_per_class": dict(zip(names, of_rays.T.tolist(), strict=True)),
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "occupancy_summary.json").write_text(json.dumps(_with_null(summary), indent=2) + "\n")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "occupancy_summary.json").write_text(json.dumps(_with_null(summary), indent=2) + "\n")
     return summary
 
 

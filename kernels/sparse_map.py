@@ -19,6 +19,7 @@ Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from math import prod
 
@@ -76,25 +77,34 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     N, K = len(_checked_submanifold(coords, shape, kernel, dilation)), prod(kernel)
     neighbor_idx = np.full((K, N), -1, np.int32)
     rows = np.arange(N, dtype=np.int32) if order is None else order.cpu().numpy().astype(np.int32)
-    b, z, y, x = coords.cpu().numpy()[rows].T.astype(np.int64)
+    b, z, y, x = coords.cpu().numpy().T.astype(np.int64)
     # empty cells after each row, slice and sample: an offset that leaves one of them ends there, not in the next
     Z, Y, X = (n + size // 2 * d for n, size, d in zip(shape, kernel, dilation, strict=True))
-    cell = ((b * Z + z) * Y + y) * X + x
+    cell = (((b * Z + z) * Y + y) * X + x)[rows]
     word, bit = cell >> 6, np.uint64(1) << (cell & 63).astype(np.uint64)
     first = np.flatnonzero(np.diff(word, prepend=-1))  # [V], of the voxels in each word
     words, word_of = word[first], np.repeat(np.arange(len(first)), np.diff(first, append=N))
     bits = np.bitwise_or.reduceat(bit, first) if N else bit
-    pairs = {}  # shift -> indices i, j of all words with words[i] + shift == words[j]
+    padded_words, padded_bits = np.append(words, -1), np.append(bits, np.uint64(0))
 
+    # shift -> [V] index of the first word at least `shift` words after each, [V] whether it is exactly there
+    located = {}
+
+    def locate(shift):
+        if shift not in located:
+            at, found = located.get(shift - 1, (None, None))  # there already, unless a new column of offsets begins
+            at = np.searchsorted(words, words + shift) if at is None else at + found
+            located[shift] = at, padded_words[at] == words + shift
+        return located[shift]
+
+    @cache
     def shifted(shift):
-        """[V] the word that is `shift` words after each stored one."""
-        if abs(shift) not in pairs:
-            at = np.searchsorted(words, words + abs(shift))
-            found = np.flatnonzero(np.append(words, -1)[at] == words + abs(shift))
-            pairs[abs(shift)] = found, at[found]
-        i, j = pairs[abs(shift)][:: 1 if shift >= 0 else -1]
+        """[V] the word that is `shift` words after each stored one, 0 where it is not stored."""
+        at, found = locate(abs(shift))
+        if shift >= 0:
+            return np.where(found, padded_bits[at], np.uint64(0))
         result = np.zeros_like(bits)
-        result[i] = bits[j]
+        result[at[found]] = bits[found]
         return result
 
     def readers(distance):
@@ -111,7 +121,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
         inside = all(0 <= o < size for o, size in zip(offset, kernel, strict=True))
         return (offset[0] * kernel[1] + offset[1]) * kernel[2] + offset[2] if inside else None
 
-    neighbor_idx[index((0, 0, 0)), rows] = rows
+    neighbor_idx[index((0, 0, 0))] = np.arange(N)
     # the offsets after the center, and those opposite to them; an even kernel lacks some of the former
     for offset in product(*(range(-(size // 2), size // 2 + 1) for size in kernel)):
         k, opposite = index(offset), index([-o for o in offset])
@@ -120,9 +130,9 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
             distance = (z * Y + y) * X + x
             i, j = readers(distance), readers(-distance)
             if k is not None:
-                neighbor_idx[k, i] = j
+                neighbor_idx[k][i] = j
             if opposite is not None:
-                neighbor_idx[opposite, j] = i
+                neighbor_idx[opposite][j] = i
     return torch.from_numpy(neighbor_idx).to(coords.device)
 
 
@@ -176,7 +186,7 @@ def strided_map(
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
     """`strided_map` in NumPy; ignores `keys` and `order`."""
-    out_coords, _, neighbor_idx, _ = strided_tables_ref(coords, shape, kernel, stride, padding, dilation, batch_size)
+    out_coords, _, neighbor_idx, _ = _strided_ref(coords, shape, (kernel, stride, padding, dilation), batch_size, False)
     return out_coords, neighbor_idx
 
 
@@ -216,7 +226,12 @@ def strided_tables(
 
 def strided_tables_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
     """`strided_tables` in NumPy; ignores `keys` and `order`."""
-    _, out = _checked_strided(coords, shape, (kernel, stride, padding, dilation), batch_size)
+    return _strided_ref(coords, shape, (kernel, stride, padding, dilation), batch_size, True)
+
+
+def _strided_ref(coords, shape, geometry, batch_size, with_inverse):
+    """`_strided` in NumPy."""
+    (_, out), (kernel, stride, padding, dilation) = _checked_strided(coords, shape, geometry, batch_size), geometry
     slots = []
     for axis, readers in enumerate(max_readers(kernel, stride, dilation)):
         padded = coords[:, 1 + axis].cpu().numpy().astype(np.int64) + padding[axis]  # from the first padding cell
@@ -226,7 +241,7 @@ def strided_tables_ref(coords, shape, kernel, stride, padding, dilation, batch_s
         exact = [o * dilation[axis] == d for o, d in zip(offsets, distances, strict=True)]
         inside = [(o < kernel[axis]) & (c >= 0) & (c < out[axis]) for o, c in zip(offsets, cells, strict=True)]
         slots.append([(c, o, e & i) for c, o, e, i in zip(cells, offsets, exact, inside, strict=True)])
-    return _gather_pairs_ref(coords, slots, out, kernel)
+    return _gather_pairs_ref(coords, slots, out, kernel, with_inverse)
 
 
 def _strided(coords, shape, geometry, batch_size, keys, order, with_inverse):
@@ -280,7 +295,7 @@ def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_s
         first = coords[:, 1 + axis].cpu().numpy().astype(np.int64) * stride[axis] - padding[axis]
         cells = [first + k * dilation[axis] for k in range(kernel[axis])]  # of the output grid
         slots.append([(cell, k, (cell >= 0) & (cell < size)) for k, cell in enumerate(cells)])
-    out_coords, _, neighbor_idx, _ = _gather_pairs_ref(coords, slots, out, kernel)
+    out_coords, _, neighbor_idx, _ = _gather_pairs_ref(coords, slots, out, kernel, with_inverse=False)
     return out_coords, neighbor_idx
 
 
@@ -316,8 +331,8 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
     return neighbor_idx
 
 
-def _gather_pairs_ref(coords, slots, out, kernel):
-    """The results of `strided_tables` from (input, offset) pairs, grouped by output.
+def _gather_pairs_ref(coords, slots, out, kernel, with_inverse):
+    """The results of `_strided` from (input, offset) pairs, grouped by output.
 
     Args:
         coords: [N, 4] int32 of the inputs.
@@ -341,12 +356,13 @@ def _gather_pairs_ref(coords, slots, out, kernel):
     first = np.flatnonzero(np.diff(key, prepend=-1))  # pair of each output
     key, M = key[first], len(first)
     m, k, i = np.repeat(np.arange(M), np.diff(first, append=len(pair))), pair >> bits, pair & ((1 << bits) - 1)
-    neighbor_idx, inverse_idx = np.full((K, M), -1, np.int32), np.full((K, N), -1, np.int32)
-    neighbor_idx.reshape(-1)[k * M + m] = i
-    inverse_idx.reshape(-1)[k * N + i] = m
     row, plane = key // X, key // (Y * X)
-    out_coords = np.stack([plane // Z, plane % Z, row % Y, key % X], axis=1).astype(np.int32)
-    return tuple(torch.from_numpy(a).to(coords.device) for a in (out_coords, key, neighbor_idx, inverse_idx))
+    results = [np.stack([plane // Z, plane % Z, row % Y, key % X], axis=1).astype(np.int32), key]
+    for columns, at, value in [(M, m, i), (N, i, m)][: 1 + with_inverse]:  # the table, and its inverse
+        results.append(np.full((K, columns), -1, np.int32))
+        results[-1].reshape(-1)[k * columns + at] = value
+    results = [torch.from_numpy(a).to(coords.device) for a in results]
+    return *results, *([] if with_inverse else [None])
 
 
 def _sorted_by_key(key, pair, bits, K):

@@ -111,7 +111,7 @@ def _chunks(table, channels):
         M = idx.shape[1]
         # chunks gather about 2^20 numbers: enough rows per GEMM, and the products stay in the CPU cache
         rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
-        rows = max(256, min(rows, 4096))
+        rows = max(256, min(rows, 4096))  # `_chunk` numbers them in 16 bits
         max_group = GROUP // channels if channels >= WIDE else idx.size
         return [_chunk(idx[:, i : i + rows], i, max_group, table.idx.device) for i in range(0, M, rows)]
 
@@ -123,19 +123,12 @@ def _chunk(idx, first, max_group, device):
     (K, R), idx = idx.shape, np.ascontiguousarray(idx)
     has = idx >= 0
     pairs = np.flatnonzero(has)  # numpy finds them 4 times as fast as torch
-    counts = [np.count_nonzero(of_offset) for of_offset in has]
-    # [K, R] position in `order`, if it is a pair: after those of lower outputs, then after those at lower offsets
-    at, lengths = np.empty((K, R), np.int32), np.zeros(R, np.int32)
-    for k in range(K):
-        at[k] = lengths
-        lengths += has[k]
-    starts = lengths.cumsum(dtype=np.int32) - lengths
-    at += starts
-    order = np.empty(len(pairs), np.int32)
-    order[at.ravel()[pairs]] = np.arange(len(pairs), dtype=np.int32)
-    row = (pairs - np.repeat(np.arange(K) * R, counts)).astype(np.int32)
-    tensors = (torch.from_numpy(a).to(device) for a in (idx.ravel()[pairs], row, order, starts))
-    return Chunk(slice(first, first + R), *tensors, _groups(counts, max_group))
+    counts = np.count_nonzero(has, axis=1)
+    row = (pairs - np.repeat(np.arange(K) * R, counts)).astype(np.int16)  # 16 bits, which numpy sorts by radix
+    lengths = np.bincount(row, minlength=R)
+    arrays = idx.ravel()[pairs], row, row.argsort(kind="stable"), lengths.cumsum() - lengths
+    tensors = (torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays)
+    return Chunk(slice(first, first + R), *tensors, _groups(counts.tolist(), max_group))
 
 
 def _groups(counts, max_group):

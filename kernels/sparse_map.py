@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, opaque, tl, triton
-from unipad.kernels.sparse_outputs import max_readers, out_shape, output_coords, output_keys, transposed_out_shape
+from unipad.kernels.sparse_outputs import (
+    gather_pairs_ref,
+    max_readers,
+    out_shape,
+    output_coords,
+    output_keys,
+    transposed_out_shape,
+)
 from unipad.kernels.voxel_keys import (
     NO_KEY,
     NO_KEY_SHORT,
@@ -241,7 +248,7 @@ def _strided_ref(coords, shape, geometry, batch_size, with_inverse):
         exact = [o * dilation[axis] == d for o, d in zip(offsets, distances, strict=True)]
         inside = [(o < kernel[axis]) & (c >= 0) & (c < out[axis]) for o, c in zip(offsets, cells, strict=True)]
         slots.append([(c, o, e & i) for c, o, e, i in zip(cells, offsets, exact, inside, strict=True)])
-    return _gather_pairs_ref(coords, slots, out, kernel, with_inverse)
+    return gather_pairs_ref(coords, slots, out, kernel, with_inverse)
 
 
 def _strided(coords, shape, geometry, batch_size, keys, order, with_inverse):
@@ -295,7 +302,7 @@ def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_s
         first = coords[:, 1 + axis].cpu().numpy().astype(np.int64) * stride[axis] - padding[axis]
         cells = [first + k * dilation[axis] for k in range(kernel[axis])]  # of the output grid
         slots.append([(cell, k, (cell >= 0) & (cell < size)) for k, cell in enumerate(cells)])
-    out_coords, _, neighbor_idx, _ = _gather_pairs_ref(coords, slots, out, kernel, with_inverse=False)
+    out_coords, _, neighbor_idx, _ = gather_pairs_ref(coords, slots, out, kernel, with_inverse=False)
     return out_coords, neighbor_idx
 
 
@@ -329,50 +336,6 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
             KX=kx, DX=dx, NO_KEY=NO_KEY if keys.dtype == torch.int64 else NO_KEY_SHORT, BLOCK=BLOCK,
         )  # fmt: skip
     return neighbor_idx
-
-
-def _gather_pairs_ref(coords, slots, out, kernel, with_inverse):
-    """The results of `_strided` from (input, offset) pairs, grouped by output.
-
-    Args:
-        coords: [N, 4] int32 of the inputs.
-        slots:  per axis, a list of (cell, offset, valid), [N] each: output cell and offset of a candidate pair of every
-                input. A pair exists where it is valid on all three axes.
-        out:    cells (Z, Y, X) of the output grid.
-        kernel: size (kz, ky, kx).
-    """
-    (Z, Y, X), (_, ky, kx), N, K = out, kernel, len(coords), prod(kernel)
-    first_z = coords[:, 0].cpu().numpy().astype(np.int64) * Z  # where the samples' grids are stacked along z
-    keys, ks, inputs = [], [], []
-    for (z, kz, z_ok), (y, k_y, y_ok) in product(*slots[:2]):
-        row, k_row, row_ok = ((first_z + z) * Y + y) * X, (kz * ky + k_y) * kx, z_ok & y_ok
-        for x, k_x, x_ok in slots[2]:
-            i = np.flatnonzero(row_ok & x_ok)
-            keys.append((row + x)[i])
-            ks.append(np.broadcast_to(k_row + k_x, N)[i])
-            inputs.append(i)
-    bits = N.bit_length()
-    key, pair = _sorted_by_key(np.concatenate(keys), np.concatenate(ks) << bits | np.concatenate(inputs), bits, K)
-    first = np.flatnonzero(np.diff(key, prepend=-1))  # pair of each output
-    key, M = key[first], len(first)
-    m, k, i = np.repeat(np.arange(M), np.diff(first, append=len(pair))), pair >> bits, pair & ((1 << bits) - 1)
-    row, plane = key // X, key // (Y * X)
-    results = [np.stack([plane // Z, plane % Z, row % Y, key % X], axis=1).astype(np.int32), key]
-    for columns, at, value in [(M, m, i), (N, i, m)][: 1 + with_inverse]:  # the table, and its inverse
-        results.append(np.full((K, columns), -1, np.int32))
-        results[-1].reshape(-1)[k * columns + at] = value
-    results = [torch.from_numpy(a).to(coords.device) for a in results]
-    return *results, *([] if with_inverse else [None])
-
-
-def _sorted_by_key(key, pair, bits, K):
-    """Both in ascending order of the keys [P], from 0 on; pair: the offset, of K, before `bits` bits of the input."""
-    bits += K.bit_length()
-    if len(key) and int(key.max()).bit_length() + bits < 64:
-        packed = np.sort(key << bits | pair)  # several times as fast as `argsort`
-        return packed >> bits, packed & ((1 << bits) - 1)
-    order = key.argsort(kind="stable")
-    return key[order], pair[order]
 
 
 @opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))

@@ -3,6 +3,7 @@
     apt-get install qemu-user                       # version 7.2 or newer
     python -m tests.other_cpus                      # LiDAR detection, about 15 minutes
     python -m tests.other_cpus --kind segment --cpus EPYC
+    python -m tests.other_cpus --record             # writes tests/portable.json, with which a test compares every CPU
 
 Generates a small city, pre-trains, fine-tunes and evaluates, three steps each, on this CPU and on emulated ones of
 Intel and AMD, and prints checksums of what each stage wrote. A stage starts from what this CPU wrote in the stage
@@ -16,6 +17,7 @@ real CPU. It has no AVX-512.
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import cv2
+import numpy as np
+import PIL
+import scipy
 import torch
 import tyro
 from torch.utils._pytree import tree_iter
@@ -32,6 +38,9 @@ from tests.scripts import REPO
 
 HERE = "this CPU"
 EMULATOR = "qemu-x86_64"
+STAGES = ("city", "pretrain", "finetune", "evaluate")
+RECORD = REPO / "tests" / "portable.json"  # what --portable gave on one CPU: versions, and kind -> stage -> checksum
+RECORDED = {"lidar": 20, "fusion": 3}  # kind -> steps
 KINDS = {  # kind -> flags of train.py and of finetune.py
     "lidar": ("--modality lidar --preset tiny", "--modality lidar --preset tiny"),
     "camera": ("--modality camera --preset tiny", "--modality camera --preset tiny"),
@@ -44,13 +53,18 @@ KINDS = {  # kind -> flags of train.py and of finetune.py
 class Args:
     kind: Literal["lidar", "camera", "fusion", "segment"] = "lidar"  # what to train
     cpus: tuple[str, ...] = ("Haswell", "EPYC")  # CPUs to emulate, of qemu-x86_64 -cpu help; they need AVX2 and FMA
+    record: bool = False  # record the results of this CPU instead, in tests/portable.json
 
 
 def main(args: Args):
+    if args.record:
+        sums = {kind: portable_results(kind, steps) for kind, steps in RECORDED.items()}
+        RECORD.write_text(json.dumps({"versions": versions(), **sums}, indent=1) + "\n")
+        return
     different = {True: [], False: []}  # portable -> stages that differ between CPUs
     with tempfile.TemporaryDirectory() as folder:
         for portable in (True, False):
-            for stage in ("city", "pretrain", "finetune", "evaluate"):
+            for stage in STAGES:
                 sums = {}
                 for cpu in (HERE, *(args.cpus if portable else args.cpus[:1])):
                     out = Path(folder) / f"{cpu}-{portable}"
@@ -63,11 +77,27 @@ def main(args: Args):
     sys.exit(1 if different[True] or not different[False] else 0)
 
 
-def command(stage, kind, out, first):
+def versions():
+    """What the digits of `--portable` depend on."""
+    packages = {"torch": torch, "numpy": np, "scipy": scipy, "opencv": cv2, "Pillow": PIL}
+    return {name: package.__version__ for name, package in packages.items()} | {"libc": " ".join(platform.libc_ver())}
+
+
+def portable_results(kind, steps):
+    """{stage: checksum} on this CPU, each stage from what the one before wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, sums = Path(folder), {}
+        for stage in STAGES:
+            run(HERE, True, *command(stage, kind, out, out, steps))
+            sums[stage] = checksum(out / stage)
+    return sums
+
+
+def command(stage, kind, out, first, steps=3):
     """What follows `python` for a stage that writes out/stage; first: folder of the stages before it."""
     pretrain, finetune = KINDS[kind]
     # one process: the emulator does not follow a program into new ones
-    few = ["--data-root", first / "city", "--workers", 0, "--steps", 3, "--val-every", 0, "--out", out / stage]
+    few = ["--data-root", first / "city", "--workers", 0, "--steps", steps, "--val-every", 0, "--out", out / stage]
     return {
         "city": ["-m", "unipad.data.synthetic", "--scenes", 2, "--keyframes", 2, "--sweeps", 2, "--columns", 60,
                  "--workers", 1, "--out", out / stage],

@@ -27,9 +27,11 @@ import finetune
 import train
 from unipad import convert
 from unipad.batch import CAMERAS, CLASSES, FREE, LIDARSEG_CLASSES
-from unipad.config import Data, Grid, to_dict
+from unipad.config import Data, Grid
+from unipad.config_dict import to_dict
+from unipad.data.collate import collate
 from unipad.data.cutpaste import cut_out, load_objects
-from unipad.data.dataset import BadFrame, collate
+from unipad.data.dataset import BadFrame
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import add_occupancy, generate, is_synthetic
 from unipad.data.tables import load_camera_sweeps, load_index, load_source_frames

@@ -8,7 +8,8 @@ import torch
 
 from unipad.batch import CAMERAS
 from unipad.data import loader
-from unipad.data.dataset import BadFrame, DataError, Sample, collate
+from unipad.data.collate import collate
+from unipad.data.dataset import BadFrame, DataError, Sample
 from unipad.data.loader import held_out_batches, load_items, step_batches
 
 

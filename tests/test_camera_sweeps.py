@@ -22,14 +22,16 @@ from tests import scripts
 from tests.test_rays import make_batch, seeded_generators
 from unipad import config, convert
 from unipad.batch import CAMERAS
-from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_dict
+from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe
+from unipad.config_dict import from_dict
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
 from unipad.data.city.records import SCENES
 from unipad.data.city.traffic import Scene
+from unipad.data.collate import collate
 from unipad.data.cutpaste import cut_out, load_objects, visible_rectangles
-from unipad.data.dataset import DataError, Sample, collate
+from unipad.data.dataset import DataError, Sample
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN_COLOR
@@ -88,7 +90,7 @@ def test_a_sweep_later_than_its_next_one_is_refused(city, tmp_path):
     sweep = next(row for row in rows if "sweeps/CAM_FRONT/" in row["filename"])
     sweep["timestamp"] += 10_000_000
     table.write_text(json.dumps(rows))
-    with pytest.raises(DataError, match="sample_data.json, row .*: its time is -10 s after that of its prev"):
+    with pytest.raises(DataError, match="sample_data.json, row .*: its timestamp is -10 s after that of its prev"):
         for split in ("mini_train", "mini_val"):  # whichever the sweep is in
             NuScenesDataset(root, VERSION, split, THREE)
 

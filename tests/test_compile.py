@@ -18,7 +18,7 @@ from tests import scripts
 from tests.test_rays import make_batch, point_cloud, seeded_generators
 from unipad import config, recipes
 from unipad.compile import PARTS, compile_parts, parts_of, uncompiled
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.errors import UserError
 from unipad.kernels import sparse_reference

@@ -8,7 +8,8 @@ import torch
 
 import finetune
 import train
-from unipad.config import AnyRecipe, Augment, DetectRecipe, Paste, from_dict, to_dict
+from unipad.config import AnyRecipe, Augment, DetectRecipe, Paste
+from unipad.config_dict import from_dict, to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
 from unipad.model.pretrain import Pretrain

@@ -12,7 +12,8 @@ import tyro
 
 from tests.golden import FOLDER
 from unipad.checkpoint import read_checkpoint, take_weights
-from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_dict, to_dict
+from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe
+from unipad.config_dict import from_dict, to_dict
 from unipad.convert import Args, convert_ours, convert_unipad, main, merge
 from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt

@@ -17,7 +17,7 @@ from tests.test_train import wait_for
 from unipad.batch import CLASSES
 from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
-from unipad.config import to_dict
+from unipad.config_dict import to_dict
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.draw.mesh import distances, surface, write_ply
 from unipad.draw.views import write_video

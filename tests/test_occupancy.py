@@ -21,7 +21,7 @@ from tests.test_train import checkpoint, curve
 from unipad.batch import FREE, OCCUPANCY_CLASSES, OCCUPANCY_SHAPE
 from unipad.cli import check_recipe
 from unipad.config import Augment, Data, Grid, Occupancy, Paste
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import apply_transform, make_transform
 from unipad.draw.occupancy import UNSEEN, highest, occupancy_views
@@ -423,7 +423,7 @@ def test_user_errors(run, labeled, tmp_path):
         evaluate(save_run(tmp_path / "17", OccupancyModel(recipe), labeled))
     with pytest.raises(UserError, match="--occupancy.classes 5: labels have 18 classes"):
         parse(labeled, tmp_path / "run", "--occupancy.classes", 5)
-    with pytest.raises(UserError, match="objects cannot be pasted in fine-tuning for occupancy"):
+    with pytest.raises(UserError, match="fine-tuning for occupancy cannot paste objects"):
         check_recipe(replace(RECIPE, paste=Paste()))
     root = shutil.copytree(labeled, tmp_path / "set")
     for file in root.glob("gts/*/*/labels.npz"):

@@ -14,8 +14,9 @@ from benchmarks import bench_data
 from benchmarks.bench_data import Args
 from unipad import runtime
 from unipad.config import Augment, Data, Paste
+from unipad.data.collate import collate
 from unipad.data.cutpaste import load_objects
-from unipad.data.dataset import BadFrame, Sample, collate
+from unipad.data.dataset import BadFrame, Sample
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN_COLOR, augment_sample, grid_mask, photometric_distortion
 from unipad.errors import UserError

@@ -16,8 +16,9 @@ from tests.test_rays import seeded_generators
 from tests.test_train import SMALL as TRAIN_FLAGS
 from tests.test_train import curve
 from unipad.config import Augment, Data, Paste
+from unipad.data.collate import collate
 from unipad.data.cutpaste import load_objects
-from unipad.data.dataset import DataError, collate
+from unipad.data.dataset import DataError
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.draw.boxes import camera_rows, detection_views
 from unipad.draw.segments import segment_views

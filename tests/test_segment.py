@@ -8,7 +8,7 @@ import torch
 
 from tests.check import NoFloatCumsum
 from unipad.config import Segment
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.model.segment import Segmenter, classes_of, losses, lovasz_softmax
 from unipad.recipes import SEGMENT

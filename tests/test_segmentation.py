@@ -13,7 +13,7 @@ import finetune
 from tests.test_eval import ONE_PROCESS, evaluate, save_run
 from tests.test_train import checkpoint, curve
 from unipad.batch import LIDARSEG_CLASSES
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.errors import UserError
 from unipad.evaluate.segmentation import (

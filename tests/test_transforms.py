@@ -18,7 +18,7 @@ from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad.batch import CAMERAS
 from unipad.boxes import points_in_boxes
 from unipad.config import Augment, CameraConfig, Data
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import (
     HIDDEN_COLOR,

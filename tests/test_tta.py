@@ -12,7 +12,7 @@ import torch
 
 from tests.test_eval import RECIPE, perfect_detector, tiny_detector, validation
 from unipad.boxes import transform_boxes
-from unipad.data.dataset import collate
+from unipad.data.collate import collate
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.evaluate.submission import MAX_BOXES

@@ -31,7 +31,8 @@ from unipad.checkpoint import (
     write_checkpoint,
 )
 from unipad.cli import ADDED_FLAGS
-from unipad.config import AnyRecipe, from_dict, to_dict
+from unipad.config import AnyRecipe
+from unipad.config_dict import from_dict, to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
 from unipad.runtime import World, meet, on_main
@@ -120,7 +121,7 @@ def _locked(path):
                 lock.seek(0)
                 raise UserError(
                     f"{path} is in use by another program ({lock.read(200).strip() or 'which has just started'}): wait "
-                    "for its end, or choose another folder with --out."
+                    "until it ends, or choose another folder with --out."
                 ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -1,7 +1,9 @@
 """Data: from files to batches, and a synthetic city in the nuScenes format.
 
-dataset.py    the interface of a dataset, and `collate`: samples -> one batch
+dataset.py    the interface of a dataset
+collate.py    samples -> one batch
 nuscenes.py   the nuScenes dataset, real or synthetic
+files.py      files of a dataset: which exist, images and point clouds
 tables.py     finds the nuScenes tables on disk, and loads or rebuilds the cached index of each split
 index.py      tables -> index: what samples need, as flat arrays
 schema.py     what the tables must contain: rows are checked when they are read

@@ -25,7 +25,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from unipad.batch import Batch
-from unipad.data.dataset import BadFrame, DataError, DrivingDataset, collate
+from unipad.data.collate import collate
+from unipad.data.dataset import BadFrame, DataError, DrivingDataset
 from unipad.errors import check_memory
 from unipad.exit import SIGNALS
 

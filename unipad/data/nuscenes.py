@@ -16,7 +16,6 @@ and a scene's first keyframe has no LiDAR sweeps (the original repeats the keyfr
 
 import copy
 import hashlib
-import io
 import os
 import sys
 from collections import Counter
@@ -24,12 +23,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.features import feature_files, read_features
-from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
+from unipad.data.files import decode_image, image_size, on_disk, read_bytes, read_points
+from unipad.data.index import NO_CATEGORY
 from unipad.data.occupancy import read_occupancy
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import add_occupancy, ensure_city, is_synthetic
@@ -43,7 +42,6 @@ from unipad.data.tables import (
     tables_state,
 )
 
-MAX_INTENSITY = 65535.0  # a larger one means a damaged file: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
 MAX_LISTED = 3  # files or rows that a message lists, at most
 # Fields of an index that describe views: files, sizes, matrices
@@ -269,13 +267,13 @@ class NuScenesDataset(DrivingDataset):
         index = self.index
         if not self.data.sweeps:
             return [np.empty((0, 5), np.float32)], None
-        points = _load_points(self._path(index.lidar_files[key]))
+        points = read_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]
         origins = np.zeros((self.data.sweeps, 4), np.float32)
         origins[1:, 3] = -1  # no such sweep, unless one is read below
         while len(clouds) < self.data.sweeps and sweep >= 0:
-            points = _load_points(self._path(index.lidar_files[sweep]))
+            points = read_points(self._path(index.lidar_files[sweep]))
             x, y = np.abs(points[:, :2]).T
             points = points.compress((x >= 1) | (y >= 1), axis=0)  # without the ego vehicle
             to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
@@ -289,25 +287,25 @@ class NuScenesDataset(DrivingDataset):
     def _read_labels(self, frame, count):
         """[count] uint8 lidarseg class 0-16 of the keyframe's points."""
         path = self._path(self.index.lidarseg_files[frame])
-        labels = _load_bytes(path)
+        labels = read_bytes(path)
         if len(labels) != count:
             lidar = self._path(self.index.lidar_files[self.index.frame_lidar[frame]])
             raise BadFrame(path, f"has {len(labels)} labels for {count} points of {lidar}: one of them is damaged")
         classes = self.index.lidarseg_classes[labels]
         if (unknown := classes == NO_CATEGORY).any():
-            raise BadFrame(path, f"has label {labels[unknown][0]}, which is the index of no category")
+            raise BadFrame(path, f"has label {labels[unknown][0]}, which is not the index of any category")
         return classes
 
     def _read_image(self, name, height, width):
         """The image in file `name` as [H, W, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] matrix to its
         pixels from those of an image of the size in the tables, `height` x `width`."""
         path = self._path(name)
-        data = _load_bytes(path)
-        h, w = _size_of_image(path, data)
+        data = read_bytes(path)
+        h, w = image_size(path, data)
         # The aspect ratio may differ by a pixel of rounding. A damaged header must not make OpenCV allocate all memory.
         if w > MAX_ENLARGEMENT * width or abs(w * height - h * width) > max(height, width):
             raise BadFrame(path, f"is {h} x {w}, neither the {height} x {width} of the tables nor a scaled copy")
-        image = _decoded(path, data)
+        image = decode_image(path, data)
         H, W = self.data.image_size or (h, w)
         if (H, W) != (h, w):
             image = cv2.resize(image, (W, H), interpolation=cv2.INTER_AREA if H * W < h * w else cv2.INTER_LINEAR)
@@ -380,86 +378,6 @@ class NuScenesDataset(DrivingDataset):
             sources = np.where(sources == b"", images[:, :1], sources)  # the scene has no such frame
         keyframe = np.concatenate([lidar[:, :1], labels, images], axis=1)
         return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images, "sources": sources}
-
-
-def _load_bytes(path):
-    """The contents of a file, [n] uint8. Raises `BadFrame`, also for an empty file."""
-    try:
-        data = np.fromfile(path, np.uint8)
-    except FileNotFoundError:
-        raise BadFrame(path, "is missing") from None
-    except OSError as error:
-        raise BadFrame(path, f"cannot be read ({error.strerror})") from None
-    if not len(data):
-        raise BadFrame(path, "is empty")
-    return data
-
-
-def _size_of_image(path, data):
-    """(height, width) from the header of a file in any format."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except Exception:  # a damaged header can make Pillow's parsers raise anything
-        raise BadFrame(path, "is not an image") from None
-
-
-def _decoded(path, data):
-    """[h, w, 3] uint8 BGR, as stored: calibration knows nothing of the rotation that EXIF data asks for."""
-    # OpenCV fills what a truncated JPEG lacks with gray, so look for the end marker, FF D9, after the start of the last
-    # scan, FF DA (a thumbnail's end comes before it). OpenCV itself rejects truncated files of other formats.
-    content = data.tobytes()
-    if content.startswith(b"\xff\xd8") and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
-        raise BadFrame(path, "the JPEG is truncated")
-    try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise BadFrame(path, "is damaged, or of a format that OpenCV cannot read")
-    return image
-
-
-def _load_points(path):
-    """[P, 5] float32: x, y, z meters in the sensor's frame, intensity, ring."""
-    data = _load_bytes(path)
-    if len(data) % 20:
-        raise BadFrame(path, f"is truncated: {len(data)} bytes are not a whole number of 20-byte points")
-    points = data.view(np.float32).reshape(-1, 5)
-    if not np.isfinite(points[:, :4]).all():
-        raise BadFrame(path, "has values that are not finite")
-    if not points[:, :3].any():
-        raise BadFrame(path, "has only zeros as coordinates")
-    farthest, strongest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
-    if farthest > MAX_DISTANCE or strongest > MAX_INTENSITY:
-        raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {strongest:.3g}: the file is damaged")
-    return points
-
-
-def on_disk(root: Path, files: np.ndarray) -> np.ndarray:
-    """Which of `files`, paths relative to `root` in bytes, exist: an array of bool of the same shape.
-
-    Each folder is listed once: checking half a million files one by one takes minutes on a network file system.
-    """
-    listed = {}
-
-    def exists(name):
-        folder, _, file = name.rpartition(b"/")
-        if folder not in listed:
-            listed[folder] = _listed(root / folder.decode())
-        return file in listed[folder]
-
-    return np.array([exists(name) for name in files.ravel().tolist()], bool).reshape(files.shape)
-
-
-def _listed(folder):
-    """The set of names in a folder, as bytes; empty if the folder does not exist."""
-    try:
-        return set(map(os.fsencode, os.listdir(folder)))
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    except OSError as error:
-        raise DataError(f"{folder} cannot be listed ({error.strerror}); make it readable.") from None
 
 
 def _report(sentence):

@@ -132,7 +132,7 @@ def gather_pairs_ref(coords, slots, out, kernel, with_inverse):
         for x, k_x, x_ok in slots[2]:
             i = np.flatnonzero(row_ok & x_ok)
             keys.append((row + x)[i])
-            ks.append(np.broadcast_to(k_row + k_x, N)[i])
+            ks.append(np.broadcast_to(np.asarray(k_row + k_x, np.int64), N)[i])
             inputs.append(i)
     bits = N.bit_length()
     key, pair = _sorted_by_key(np.concatenate(keys), np.concatenate(ks) << bits | np.concatenate(inputs), bits, K)

@@ -1,4 +1,5 @@
-"""Carry the end of each ray into source images, and read their colors there: view synthesis by inverse warping.
+"""Project the end point of each ray into source images, and sample their colors there (view synthesis by inverse
+warping).
 
     (u d, v d, d) = P_m (o + t w)             the end of a ray at depth t, in source image m
     color_m       = sum_ij ay_i ax_j I_ij     over the four pixels around (u, v), with weights a = (1 - f, f)

@@ -321,10 +321,10 @@ class Args:
     paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run, and the file to write; see --merge
     kind: Literal["auto", "unipad", "convnext", "ours"] = "auto"  # what SOURCE is
     merge: bool = False  # merge the encoders of two checkpoints, ours or UniPAD's: CAMERA LIDAR OUT
-    preset: str | None = None  # UniPAD: the recipe that SOURCE belongs to (default: the one that fits)
+    preset: str | None = None  # UniPAD: the recipe that SOURCE belongs to; None: the one that fits
     # ours: write only the encoder, for this project; OUT ends with .safetensors for that format, else it is PyTorch's
     to: Literal["mmdet3d", "openpcdet", "pointcept"] | None = None
-    spconv: Literal[1, 2] | None = None  # ours, for UniPAD: layout of sparse convolutions' weights in OUT (default: 1)
+    spconv: Literal[1, 2] | None = None  # ours, for UniPAD: layout of sparse convolutions' weights in OUT; None: 1
     strict: bool = True  # refuse a file unless all weights match
     overwrite: bool = False  # replace OUT if it exists
 

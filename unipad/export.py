@@ -5,7 +5,7 @@
 
     python -m unipad.convert outputs/train-lidar encoder.pth --to mmdet3d    # or openpcdet, pointcept
 
-Where another project has the same network, its weights are written under that project's keys (`unipad.names`), and the
+If another project has the same network, the weights are written under that project's keys (`unipad.names`), and the
 lines of a config that make the network and its input the same are printed.
 """
 

@@ -1,4 +1,4 @@
-"""Occupancy of voxels in Occ3D's grid, which is in the ego frame: an MLP on the volume at the center of each of them.
+"""Occupancy of voxels in Occ3D's grid, which is in the ego frame: an MLP on the volume at the center of each voxel.
 
     logits of voxel x = MLP(V(T x) + e(height of x))        V: the volume, read trilinearly; T: ego -> LiDAR frame
 

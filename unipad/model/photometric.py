@@ -1,11 +1,11 @@
-"""The loss `photometric`: depth from images alone. A patch of pixels, carried to the rendered depth of its middle ray
-and from there into other images, must look there as it does in its own image.
+"""The loss `photometric`: depth from images alone. A patch of pixels is unprojected to the rendered depth of its middle
+ray and projected into other images, where it must look as it does in its own image.
 
     error in a source   0.85 (1 - SSIM) / 2 + 0.15 |difference| over the patch, mean over its pixels and channels
     error of a patch    the smallest over the sources that see it whole: it is occluded in some others
     pull                if another depth along the ray looks distinctly better, |log(depth / that depth)| instead
-    counted             if some source sees the patch at either depth, and none shows it more alike unmoved: in the
-                        same place of the same camera's image, as if the car were at rest
+    counted             if some source sees the patch at either depth, and no source matches it better without any
+                        motion: at the same place of the same camera's image, as if the car were at rest
 
 Smallest error and unmoved patches are rules of Monodepth2 (Godard et al., arXiv 1806.01260, sections 3.1 and 3.2),
 which VisionPAD (Zhang et al., arXiv 2411.14716) uses for pre-training. Here poses are given; all pixels of a patch have
@@ -14,7 +14,7 @@ camera and enter another, since sources are all cameras of the frames before and
 cameras of the keyframe.
 
 The pull is what leads out of a wrong depth. Gradients of the error lead to the right one only from as far as an image's
-structures reach. What is near but rendered far, such as a wall beside the car, looks more alike unmoved than at the
+structures reach. What is near but rendered far, such as a wall beside the car, matches better unmoved than at the
 rendered depth, and would never be counted. So the patch is looked for at `TRIED` depths along its ray, a plane sweep
 (Collins 1996), in the frames of its own camera. The error of a depth is the mean of those in the two best of these
 frames, since a wrong depth may look right in one of them by chance. The best depth is distinct if its error is less

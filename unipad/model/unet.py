@@ -5,7 +5,7 @@ strided convolutions down, their inverses up, skip connections. Unlike in Pointc
 LiDAR's origin, not with each sample's smallest coordinates: features depend neither on a sample's farthest point nor on
 the rest of the batch.
 
-A voxel is one of the U-Net's, of edge `UnetConfig.cell`; a cell is one of the volume's, in `Grid`.
+"Voxel" means a voxel of the U-Net, of edge `UnetConfig.cell`; "cell" means a cell of the volume, in `Grid`.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unipad.kernels.backend import host_wait
-from unipad.spconv.voxels import Geometry, Table, VoxelSet
+from unipad.spconv.voxels import Geometry, Table, VoxelSet, with_version
 
 
 class Shared(NamedTuple):
@@ -18,6 +18,29 @@ class Shared(NamedTuple):
     voxels: VoxelSet
     outputs: VoxelSet
     table: Table
+    ndim: int
+
+    # names of spconv
+
+    @property
+    def indices(self) -> Tensor:
+        return self.voxels.indices(self.ndim)
+
+    @property
+    def out_indices(self) -> Tensor:
+        return self.outputs.indices(self.ndim)
+
+    @property
+    def spatial_shape(self) -> list[int]:
+        return list(self.voxels.shape[3 - self.ndim :])
+
+    @property
+    def out_spatial_shape(self) -> list[int]:
+        return list(self.outputs.shape[3 - self.ndim :])
+
+    @property
+    def ksize(self) -> list[int]:
+        return list(self.geometry.kernel[3 - self.ndim :])
 
 
 class SparseConvTensor:
@@ -29,9 +52,10 @@ class SparseConvTensor:
     batch_size:    number of grids; some may be empty, also all.
     indice_dict:   tables shared by `indice_key`; each layer that adds one does so in a copy.
 
-    `indices`, `spatial_shape` and `batch_size` can be assigned, and `indices` modified in place. The first layer that
-    needs the voxels checks them (the host waits for the device): ValueError for a voxel that is outside of the grid or
-    occurs twice. Other arguments of spconv's class are accepted and have no effect.
+    `indices`, `spatial_shape` and `batch_size` can be assigned, and the first two modified in place, which code under
+    `torch.compile` does not notice. Indices made in inference mode are copied. The first layer that needs the voxels
+    checks them (the host waits for the device): ValueError for a voxel that is outside of the grid or occurs twice.
+    Other arguments of spconv's class are accepted and have no effect.
     """
 
     # spconv's attributes for its grid buffer, TensorRT and profiling, without a meaning here
@@ -57,7 +81,7 @@ class SparseConvTensor:
             raise ValueError(f"features are on {features.device}, indices on {indices.device}")
         self.features, self.ndim = features, len(shape)
         self.indice_dict = {} if indice_dict is None else indice_dict
-        self._given, self._voxels = (indices, shape, int(batch_size)), None
+        self._give(with_version(indices), shape, int(batch_size))
 
     @classmethod
     def of(
@@ -65,7 +89,7 @@ class SparseConvTensor:
     ) -> "SparseConvTensor":
         """A tensor on a `VoxelSet`, with its tables."""
         x = cls.__new__(cls)
-        x.features, x.ndim, x._voxels = features, ndim, voxels
+        x.features, x.ndim, x._shape, x._voxels = features, ndim, None, voxels
         x.indice_dict = {} if indice_dict is None else indice_dict
         return x
 
@@ -76,9 +100,12 @@ class SparseConvTensor:
     @property
     def voxels(self) -> VoxelSet:
         """The voxels, each at the row of its features."""
-        if self._voxels is None or not torch.compiler.is_compiling() and self._voxels.was_modified():
+        if self._voxels is None or self._voxels.was_modified() or self._has_another_shape():
             self._make_voxels()
         return self._voxels
+
+    def _has_another_shape(self):
+        return self._shape is not None and tuple(self._shape) != self._voxels.shape[3 - self.ndim :]
 
     @torch.compiler.disable
     def _make_voxels(self):
@@ -93,23 +120,28 @@ class SparseConvTensor:
 
     @indices.setter
     def indices(self, indices):
-        self._given, self._voxels = (indices, self.spatial_shape, self.batch_size), None
+        self._give(with_version(indices), self.spatial_shape, self.batch_size)
 
     @property
     def spatial_shape(self) -> list[int]:
-        return self._given[1] if self._voxels is None else list(self._voxels.shape[3 - self.ndim :])
+        if self._shape is None:
+            self._shape = list(self._voxels.shape[3 - self.ndim :])
+        return self._shape
 
     @spatial_shape.setter
     def spatial_shape(self, shape):
-        self._given, self._voxels = (self.indices, [int(size) for size in shape], self.batch_size), None
+        self._give(self.indices, [int(size) for size in shape], self.batch_size)
 
     @property
     def batch_size(self) -> int:
-        return self._given[2] if self._voxels is None else self._voxels.batch_size
+        return self._given[1] if self._voxels is None else self._voxels.batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size):
-        self._given, self._voxels = (self.indices, self.spatial_shape, int(batch_size)), None
+        self._give(self.indices, self.spatial_shape, int(batch_size))
+
+    def _give(self, indices, shape, batch_size):
+        self._given, self._shape, self._voxels = (indices, batch_size), shape, None
 
     @property
     def spatial_size(self) -> int:

@@ -1,8 +1,8 @@
 """Evaluate a model, with pictures of its predictions.
 
-    python eval.py RUN                                  # NDS and mAP of boxes, mIoU of points or voxels, or, of a
-                                                        # pre-trained model, PSNR, depth errors, distance of features
-                                                        # and IoU of carved occupancy: those that it learned
+    python eval.py RUN                                  # NDS and mAP of boxes, or mIoU of points or voxels; for a
+                                                        # pre-trained model PSNR, depth errors, distance of features
+                                                        # and IoU of carved occupancy, if it was trained for them
     python eval.py RUN --tta                            # test-time augmentation: twelve scaled and flipped copies of
                                                         # every frame for boxes, eight rotated and flipped for points
     python eval.py RUN --version v1.0-test --split test --data-root /data/nuscenes       # a submission
@@ -99,31 +99,31 @@ class Args:
     # what to evaluate; None: what it was trained for
     task: Literal["detect", "segment", "occupancy", "render"] | None = None
     split: str = "val"  # train, val or test; for v1.0-mini, train and val mean mini_train and mini_val
-    data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
+    data_root: Path | None = None  # folder of the dataset; None: that of the run, or a synthetic city
     version: str | None = None  # version of the dataset; None: the run's
-    dataset: str | None = None  # package.module:Class; None: the run's; code outside unipad.data must be named here
-    out: Path | None = None  # folder of the results, whose files are overwritten; None: eval in the run's folder
+    dataset: str | None = None  # package.module:Class of the dataset; None: the run's, if it is in unipad.data
+    out: Path | None = None  # folder of the results, whose files are overwritten; None: eval/ in the run's folder
     batch_size: int = 1  # samples per batch and process
     workers: int | None = None  # data loading processes per process; None: up to 4 with a GPU, 1 without
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible results on a GPU too, with slower kernels
-    pictures: int = 4  # frames that are rendered (render) or drawn (other tasks), spread over the split
-    min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
-    tta: bool = False  # detect, segment: merge the predictions for several transformed copies of each frame (TTA)
+    pictures: int = 4  # frames to render (render) or draw (other tasks), spread over the split
+    min_score: float = 0.3  # detect: draw boxes with at least this score, 0 to 1
+    tta: bool = False  # detect, segment: test-time augmentation; merge predictions for transformed copies of each frame
     tta_scales: tuple[float, ...] | None = None  # --tta: scale factors; None: 1 1.06 0.96 (segment: 1)
     tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0 (segment: 0 90)
     tta_flips: bool = True  # --tta: also flip front to back, left to right, and both
-    frames: tuple[int, ...] = ()  # render: numbers of frames in the split, from 0; none: --pictures of them
+    frames: tuple[int, ...] = ()  # render: numbers of frames in the split, from 0; if none: as many as --pictures says
     scene: str | None = None  # render: all frames of this scene, and a video of them
     video: Literal["gif", "mp4"] = "gif"  # render: format of the video
     video_fps: float = 4.0  # render: frames per second of the video; keyframes are half a second apart
-    picture_stride: int = 1  # render: pixels between rays
+    picture_stride: int = 1  # render: spacing of the rays, pixels
     masked: bool = True  # render: mask the encoder's input as in training
     seed: int = 0  # seed of the masks
     mesh: bool = False  # render: write the surface of each frame as a PLY file
-    mesh_cell: float = 0.4  # render: meters between the points where --mesh samples the signed distance
-    recipe: Annotated[Settings | None, tyro.conf.arg(name="")] = None  # settings of the run, as changed by flags
+    mesh_cell: float = 0.4  # render: spacing of the points where --mesh samples the signed distance, meters
+    recipe: Annotated[Settings | None, tyro.conf.arg(name="")] = None  # the settings of the run, as changed by flags
 
 
 # Flags that only some tasks have
@@ -157,7 +157,7 @@ def parse(argv=None) -> Args:
     check_ranges(args, above_0=positive, not_below_0=("workers", "seed", "min_score"))
     cli.check_recipe(args.recipe)
     if () in (args.tta_scales, args.tta_angles) or not all(0.1 <= s <= 10 for s in args.tta_scales or ()):
-        raise UserError("--tta-scales are from 0.1 to 10, and --tta-scales and --tta-angles need a value each.")
+        raise UserError("--tta-scales must be from 0.1 to 10, and it and --tta-angles need at least one value each.")
     if not 0.1 <= args.video_fps <= 100:
         raise UserError(f"--video-fps {args.video_fps} must be from 0.1 to 100.")
     if args.min_score > 1:
@@ -298,7 +298,7 @@ def tta_transforms(args, task):
 def render(args, model, dataset, out, world):
     """Render color, depth and normals of some frames: write pictures, next to images and LiDAR points, and metrics."""
     if args.mesh and not model.recipe.render.renders:
-        raise UserError("--mesh needs a run that learned to render; this one learned occupancy alone: leave it out.")
+        raise UserError("--mesh needs a run that learned to render; this one only learned occupancy: leave --mesh out.")
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
     device, index_of, done = world.device, frames_to_render(args, dataset, world), []
@@ -350,14 +350,14 @@ def frames_to_render(args, dataset, world):
     if outside:
         raise UserError(f"--frames {outside[0]} is not in {dataset.split}, which has frames 0 to {count - 1}.")
     for number in set(args.frames) - set(numbers) if world.is_main else ():
-        print(f"skipped frame {number}: a file of it is missing", file=sys.stderr)
+        print(f"skipped frame {number}: one of its files is missing", file=sys.stderr)
     pictures = min(args.pictures, len(numbers))
     chosen = args.frames or [numbers[i * len(numbers) // pictures] for i in range(pictures)]
     return {number: numbers.index(number) for number in chosen if number in numbers}
 
 
 def task_of(args, recipe):
-    """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given, and
+    """What the checkpoint was trained for. Raises `UserError` if another task, or another task's flag, is given, and
     for a number of classes that is not that of nuScenes."""
     tasks = {DetectRecipe: "detect", SegmentRecipe: "segment", OccupancyRecipe: "occupancy"}
     trained_for = tasks.get(type(recipe), "render")

@@ -59,35 +59,35 @@ from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_prec
 
 @dataclass(frozen=True)
 class Args:
-    # boxes of ten classes, one of 16 classes for every LiDAR point, or one of 18 for every voxel
+    # predict boxes of ten classes, one of 16 classes for every LiDAR point, or one of 18 for every voxel
     task: Literal["detect", "segment", "occupancy"] = "detect"
-    modality: Literal["camera", "lidar", "fusion"] | None = None  # None: camera, but lidar to segment
-    preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
+    modality: Literal["camera", "lidar", "fusion"] | None = None  # None: camera; for segmentation, lidar
+    preset: str | None = None  # a recipe of docs/recipes.md; None: tiny, or the paper's with --data-root
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it with its settings; auto: the run in --out, or the newest
     pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, one or two
-    freeze_encoder: bool = False  # train only the head, as a probe; batch norms update running statistics
+    freeze_encoder: bool = False  # train only the head, as a probe; batch norms still update running statistics
     data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
     # run folder; None: outputs/finetune-<modality, segment, or occupancy-modality>/<time>
     out: Path | None = None
     seed: int = 0  # seed of weights, sample order, augmentation and noise
-    steps: int | None = None  # optimizer steps of the schedule; None: from --epochs
-    stop_at: int | None = None  # save and stop at this step, with the schedule unchanged; None: the last
+    steps: int | None = None  # optimizer steps in the schedule; None: from --epochs
+    stop_at: int | None = None  # save and stop after this step, with the schedule unchanged; None: the last
     accumulate: int = 1  # micro-batches per step and process, to save memory
     workers: int | None = None  # data loading processes per training process; None: up to 4 with a GPU, 1 without
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
-    tune: bool = False  # autotune kernel launches (off with --deterministic); choices are kept in the run's tuning.json
-    compile: bool = False  # compile parts of the model by torch.compile; docs/recipes.md says which, and when it helps
+    tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
+    compile: bool = False  # run parts of the model under torch.compile; docs/recipes.md says which, and if it helps
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations on the whole split; None: a third of the run; 0: none
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
-    # settings of the preset, as changed by flags
+    # the settings of the preset, as changed by flags
     recipe: Annotated[DetectRecipe | SegmentRecipe | OccupancyRecipe | None, tyro.conf.arg(name="")] = None
 
 

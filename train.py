@@ -57,7 +57,7 @@ from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_prec
 @dataclass(frozen=True)
 class Args:
     modality: Literal["camera", "lidar", "fusion"] = "camera"  # input of the encoder
-    preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
+    preset: str | None = None  # a recipe of docs/recipes.md; None: tiny, or the paper's with --data-root
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it with its settings; auto: the run in --out, or the newest
@@ -68,8 +68,8 @@ class Args:
     out: Path | None = None  # run folder; None: outputs/train-<modality, or segment>/<time>
     init: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, a camera and a LiDAR one
     seed: int = 0  # seed of weights, sample order, masks and rays
-    steps: int | None = None  # optimizer steps of the schedule; None: from --epochs
-    stop_at: int | None = None  # save and stop at this step, with the schedule unchanged; None: the last
+    steps: int | None = None  # optimizer steps in the schedule; None: from --epochs
+    stop_at: int | None = None  # save and stop after this step, with the schedule unchanged; None: the last
     accumulate: int = 1  # micro-batches per step and process, to save memory
     workers: int | None = None  # data loading processes per training process; None: up to 4 with a GPU, 1 without
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
@@ -77,11 +77,11 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
-    compile: bool = False  # compile parts of the model by torch.compile; docs/recipes.md says which, and when it helps
+    compile: bool = False  # run parts of the model under torch.compile; docs/recipes.md says which, and if it helps
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations; None: a third of the run; 0: no validation
     val_samples: int = 12  # held-out frames that a validation renders
-    picture_stride: int = 2  # pixels between the rays of a validation picture; its 3D view: half this, in degrees
+    picture_stride: int = 2  # spacing of the rays of a validation picture, pixels; of its 3D view: half this, degrees
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
     recipe: Annotated[PretrainRecipe | None, tyro.conf.arg(name="")] = None  # the preset's, as changed by flags
 
@@ -231,7 +231,7 @@ def with_ray_origins(recipe, has_images, print0):
         flags = [f"--render.{name}-weight 0" for name in losses]
         flags += ["--data.sources"] if "photometric" in losses else []  # without a number: none
         flags += ["--data.features None"] if "features" in losses else []
-        raise UserError(f"rays from the LiDAR see no pixel: they need {' '.join(flags)}.")
+        raise UserError(f"rays cast from the LiDAR see no pixels, which some losses need: add {' '.join(flags)}.")
     if recipe.data.cameras:
         print0("no training frame has all its images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))

@@ -1,6 +1,6 @@
 """carve: kernels and reference, ten LiDAR sweeps in the volume of lidar-0.075.   python -m benchmarks.bench_carve
 
-On a CPU, one sweep comes first: about as many rays as in a sample of the tiny preset.
+On a CPU, one sweep is timed first: about as many rays as in a sample of the tiny preset.
 """
 
 import torch

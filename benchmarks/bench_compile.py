@@ -1,13 +1,14 @@
-"""What --compile changes: time of a training step with and without it, and the time to compile.
+"""The time of a training step with and without --compile, and the time to compile.
 
     python -m benchmarks.bench_compile                      every tiny recipe, and the image encoder of camera-0.1
     python -m benchmarks.bench_compile train/lidar/tiny     one recipe (without a GPU, a tiny one)
     python -m benchmarks.bench_compile --image-size 448 800 with larger images for the image encoder
 
 Steps are those of benchmarks/full_step.py. The image encoder has one sample of six masked images, forward and backward.
-Eager and compiled steps alternate, so that other programs on the machine slow both. "First step" is the time of the
-first compiled step, which compiles everything anew; a second run on the same machine takes less, since Inductor keeps
-what it has compiled. The compiled loss must agree with the eager one within AGREE, or the row has no times.
+Eager and compiled steps alternate, so that other programs on the machine slow down both. "First step" is the time of
+the first compiled step, which compiles everything; it is shorter in a second run on the same machine, since Inductor
+keeps what it has compiled. The compiled loss must agree with the eager one within AGREE; otherwise the row has no
+times.
 """
 
 import statistics
@@ -34,8 +35,8 @@ WORLD = World(rank=0, size=1, device=torch.device(DEVICE))
 @dataclass(frozen=True)
 class Args:
     cases: tyro.conf.Positional[tuple[str, ...]] = (*recipes(), ENCODER)  # task/modality/preset, or the image encoder
-    image_size: tuple[int, int] = (128, 224)  # height, width of the image encoder's images, multiples of 32
-    steps: int = 10  # number of steps that are timed, of each kind
+    image_size: tuple[int, int] = (128, 224)  # (height, width) of the image encoder's images, multiples of 32
+    steps: int = 10  # number of timed steps, eager and compiled each
 
 
 class EncoderStep:

@@ -1,16 +1,16 @@
-"""The way of a sample from files to the device: CPU time, bytes, and how many workers keep up with a step.
+"""Loading a sample, from files to the device: CPU time, bytes, and how many workers keep up with a step.
 
     python -m benchmarks.bench_data                                       # every full-size recipe
     python -m benchmarks.bench_data train/camera/camera-0.1 --step-ms 97
     python -m benchmarks.bench_data train/camera/tiny --data-root /data/nuscenes --version v1.0-trainval
 
-Runs in one process on one thread what a data loading process does: read files, decode, augment, collate, copy to shared
-memory. Files are in the system's cache, so waiting for a disk is not included; neither is the training process's part,
-which moves the bytes of the last but one column to the device. Cut-and-paste is left out. By default the data is a
-synthetic city of 900 x 1600 images and LiDAR frames of nuScenes' size, generated once (data/bench-data).
+Runs, in one process on one thread, what a data loading process (worker) does: read files, decode, augment, collate,
+copy to shared memory. Files are in the system's page cache, so waiting for a disk is not included; neither is the copy
+to the device, which is up to the training process. Cut-and-paste is left out. By default, the data is a synthetic city
+with 900 x 1600 images and LiDAR frames of nuScenes' size, generated once (data/bench-data).
 
-Columns: milliseconds of CPU time for each sample; samples that one core loads in a second; megabytes of a sample that
-go to the device; and the data loading processes that feed steps of `--step-ms` with one sample each.
+Columns: milliseconds of CPU time per sample; samples per second on one core; megabytes of a sample that go to the
+device; and the number of workers that keep up with steps of `--step-ms` with one sample each.
 """
 
 import math
@@ -42,7 +42,7 @@ class Args:
     step_ms: float = 100.0  # milliseconds of a training step with one sample
     repeats: int = 5  # passes over the frames, of which the fastest counts
     data_root: Path | None = None  # folder of a dataset in the nuScenes format; None: a synthetic city
-    version: str = "v1.0-mini"  # its version
+    version: str = "v1.0-mini"  # version of the dataset
 
 
 def training_set(recipe, model, root, version):

@@ -26,7 +26,8 @@ from unipad.recipes import PRETRAIN
 VIEWS = 6
 AGREE_FP64 = 1e-5
 AGREE = 5e-2 if DEVICE == "cuda" else 1e-2
-# Settings of the case "all losses": beside the recipe's losses of color and depth, those of the SDF along the rays
+# Settings of the case "all losses": in addition to the recipe's losses of color and depth, those of the SDF along the
+# rays
 LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
 
 

@@ -3,7 +3,7 @@
 The eager model has the same weights, image encoder, rays and random numbers; its lift fills a dense volume per view,
 its convolution before the renderer is a plain `nn.Conv3d`, its renderer differentiates twice through autograd. Ours is
 timed only if the two models' losses agree. A step is forward, backward and optimizer without autocast, on random data.
-Column "fwd ms" is all of it; "of copy" means nothing here. The row "reference" is the eager model.
+The column "fwd ms" is the whole step; "of copy" means nothing here. The row "reference" is the eager model.
 """
 
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""warp: kernel, reference, and the same by F.grid_sample.   python -m benchmarks.bench_warp"""
+"""warp: kernel, reference, and the same op with F.grid_sample.   python -m benchmarks.bench_warp"""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from benchmarks.harness import DEVICE, Case, compare
 from unipad.kernels.warp import MIN_DEPTH, warp, warp_ref
 
-# Rays, source images, their height and width. First `camera-0.1-images`: 6 cameras x 512 rays, two frames of 6 images;
-# on a CPU about the tiny preset's sizes
-GPU_SIZES = [(3072, 12, 900, 1600), (24576, 12, 900, 1600)]
-CPU_SIZES = [(378, 12, 128, 224), (3072, 12, 128, 224)]
+# Rays, source images, their height and width. First `camera-0.1-images` at its stored size: 6 x 512 patches of 9 rays,
+# at the rendered depth in four frames of 6 images, and at 32 depths in the four frames of their own camera
+GPU_SIZES = [(27648, 24, 900, 1600), (884736, 4, 900, 1600)]
+CPU_SIZES = [(378, 12, 128, 224), (3072, 12, 128, 224), (110592, 4, 64, 112)]  # the last: depths of `images-tiny`
 
 
 def case(R, M, H, W):

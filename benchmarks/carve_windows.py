@@ -1,9 +1,9 @@
 """What --render.occupancy-window does to cells that moving objects have left.   python -m benchmarks.carve_windows
 
-On every seventh training frame of the synthetic city with ten sweeps, for cells of the tiny recipes and of half their
-size. A trail cell is one above the road that a moving box (over 1 m/s) overlapped at the time of an earlier sweep, and
-overlaps no more: full is wrong there. Full cells that a longer window adds elsewhere are mostly right: surfaces that
-only an earlier sweep has hit, over which later rays pass.
+Uses every seventh training frame of the synthetic city with ten sweeps, for cells of the size of the tiny recipes and
+of half that size. A trail cell is a cell above the road that a moving box (faster than 1 m/s) overlapped at the time of
+an earlier sweep, but no longer overlaps: "full" is wrong there. Full cells that a longer window adds elsewhere are
+mostly right: they are surfaces that only an earlier sweep has hit, and over which later rays pass.
 """
 
 from dataclasses import replace

@@ -5,11 +5,11 @@
 Needs no GPU. Launches are counted in a dry run of a training step under autocast (benchmarks/dry_run.py): those of the
 project's kernels, and PyTorch's operators (on a GPU, one launch or more each) except views and allocations. Their
 number depends on the scene only where a size decides how a kernel is launched: it has the voxels of one nuScenes frame.
-"neighbor tables" is the part that finds the neighbors of voxels, before the first convolution. It is a step of one
+"neighbor tables" is the part that finds the neighbors of voxels, before the first convolution. The step is that of one
 process: with several, batch norm, residual and ReLU are not one op.
 
-Times are of the host code alone, or nearly: kernels are not run, and operators have almost no voxels to process and few
-channels. Neither neighbor tables nor what is derived from them is made again.
+Times are almost only those of the host code: kernels are not run, and operators have almost no voxels to process and
+few channels. Neighbor tables, and what is derived from them, are reused.
 """
 
 import time

@@ -2,13 +2,13 @@
 
     python -m benchmarks.count_rendered
 
-The part: the renderer of camera-0.1, without the encoder: samples on rays, signed distances, resampling, rendering,
-losses and the backward.
+The rendered part is the renderer of camera-0.1 without the encoder: samples on rays, signed distances, resampling,
+rendering, losses and the backward.
 
 Needs no GPU. Counted are launches of the project's kernels, and PyTorch's operators (on a GPU, one launch or more each)
 except views and allocations. Their number does not depend on the number of rays or voxels, so there are few of both, in
-Triton's interpreter. Times are of the host code alone, or nearly: kernels are not run, and operators have almost
-nothing to process. So what Triton itself takes for a launch is not in them.
+Triton's interpreter. Times are almost only those of the host code: kernels are not run, and operators have almost
+nothing to process. The time that Triton itself takes for a launch is not included.
 """
 
 import os

@@ -11,9 +11,9 @@ times the trips of the loops around it and the warps of a program, on `RAYS` ray
 samples. Both sides of a branch count, subroutines (64-bit division) do not. It says nothing about stalls: a kernel with
 fewer instructions may be slower.
 
-"programs" of each launch, for a GPU of `MULTIPROCESSORS`. As many run at once as have registers: "busy" is the share
-of these in use, in %, if all rays took as long. "MB": partial sums of gradients, which are zeroed before and summed
-after.
+"programs" is the number of programs of each launch on a GPU with `MULTIPROCESSORS`. As many run at once as the
+registers allow: "busy" is the percentage of these places that are in use, if all rays take equally long. "MB" is the
+size of the partial sums of gradients, which are zeroed before and summed after.
 """
 
 import argparse

@@ -7,14 +7,13 @@ tests/kernels/test_sparse_tiles.py and test_sparse_gemm.py, so its table needs t
 '.[test]').
 
 A pair is an output row and a neighbor that it reads at one offset; it needs one product, of the neighbor's row and a
-[Cin, Cout] matrix. "waste": products computed / products needed, above 1 since a tile (the output rows of a program)
-multiplies all its rows at every offset at which one of them has a neighbor; for the weights' gradient, since chunks are
-padded to blocks or missing neighbors are multiplied as zeros. "reuse": pairs / distinct rows that a tile reads, both
-summed over the tiles.
-Bytes are L2 requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes
-from the L1 if still cached (column "MB, L1 hits"), or from the L2 again (column "MB, L1 misses"). The minimum reads
-every input row and every weight once and one index per pair, and writes the results; for the weights' gradient it reads
-the rows of both sides and no weights.
+[Cin, Cout] matrix. "waste" is products computed / products needed. It is above 1 since a tile (the output rows of a
+program) multiplies all its rows at every offset at which one of them has a neighbor, and for the weights' gradient
+since chunks are padded to blocks, or missing neighbors are multiplied as zeros. "reuse" is pairs / distinct rows that a
+tile reads, both summed over the tiles. Bytes are L2 requests: indices, rows, weights, sums and results. A row that an
+earlier offset of a tile has read comes from the L1 if still cached (column "MB, L1 hits"), or from the L2 again (column
+"MB, L1 misses"). The minimum reads every input row and every weight once and one index per pair, and writes the
+results; for the weights' gradient it reads the rows of both sides and no weights.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
-"""Peers: parts of the model by the formulas of the original (UniPAD's code), in eager PyTorch, with our parameters.
+"""Peers: parts of the model with the formulas of the original (UniPAD's code), in eager PyTorch, with our parameters.
 
-They have no kernels, no folded weights and no hand-written derivatives; our speed and, in tests, our gradients are
+They have no kernels, no folded weights and no hand-written derivatives. Our speed and, in tests, our gradients are
 compared with theirs.
 """
 
@@ -43,7 +43,7 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
 def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
     """`unipad.kernels.voxel_pool` point by point: products of feature and probability, summed by voxel.
 
-    truncate: round towards zero, as the original does, not down.
+    truncate: round toward zero, as the original does, not down.
     """
     (B, N, h, w, C), D = features.shape, depths.shape[4]
     X, Y, Z = shape

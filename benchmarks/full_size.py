@@ -1,4 +1,4 @@
-"""Run one training step of each full-size preset as a user would and print time, peak memory and loss.
+"""Run one training step of each full-size preset as a user would, and print time, peak memory and loss.
 
     python -m benchmarks.full_size                        # all presets except the tiny ones, on the CPU
     python -m benchmarks.full_size camera-0.1 --task train

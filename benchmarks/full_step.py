@@ -64,7 +64,7 @@ def recipes():
 def city():
     """Root of a small synthetic city with camera sweeps, generated once."""
     if not CITY.exists():
-        # camera_sweeps: besides the keyframe, which `Data` counts too
+        # camera_sweeps: in addition to the keyframe, which `Data` counts too
         generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2, features=16)
     return CITY
 

@@ -16,8 +16,8 @@ Stages, the most important first, each with a fraction of the time:
 
 Results are written as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. If a stage
 fails, crashes or runs out of time, its results so far are kept and the next stage runs. At the end the rows of that
-results.csv are added to benchmarks/results.csv, from which the README's table is generated. On a CPU everything runs at
-tiny sizes, to try it out, and benchmarks/results.csv and the README do not change.
+results.csv are added to benchmarks/results.csv, from which the README's table is generated. On a CPU, everything runs
+at tiny sizes, as a trial, and benchmarks/results.csv and the README do not change.
 """
 
 import csv
@@ -58,11 +58,11 @@ CURVE_STEPS = 60 if ON_GPU else 3  # stage training: steps that also run on a CP
 
 @dataclass(frozen=True)
 class Args:
-    minutes: float = 8.0  # for all stages together
+    minutes: float = 8.0  # minutes for all stages together
     stages: tuple[Literal[tuple(TIME_FRACTIONS)], ...] = tuple(TIME_FRACTIONS)  # stages to run, always in this order
     out: Path | None = None  # folder of the results (default: outputs/gpu/<time>)
     commit: str | None = None  # commit of this code, for results.csv (default: from git)
-    report: Path | None = None  # folder of an earlier run: only write its report, its rows and the README's table again
+    report: Path | None = None  # folder of an earlier run: only rewrite its report, its rows and the README's table
 
 
 # The stages

@@ -20,8 +20,8 @@ it fine-tunes the arms of the experiment:
 The arms of a seed see the same frames in the same order. `eval.py` evaluates each run on --split. Rows are appended to
 results.csv in --out as they come; the same command again runs only what is missing, and resumes what was interrupted.
 On a CPU, each run computes with one thread, so that its result does not depend on the number of cores: use --jobs.
-It still depends on the CPU's model, unless --portable is given (see `PORTABLE`): rounding differs, and training
-amplifies that to differences as between seeds.
+It still depends on the CPU model, unless --portable is given (see `PORTABLE`): rounding differs, and training amplifies
+this to differences as large as those between seeds.
 
 Choose settings with --split city_dev, whose scenes are in neither the training nor the validation split.
 """
@@ -93,22 +93,22 @@ class Args:
     arms: tuple[Arm, ...] = ARMS  # arms to compare
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions: 1/k of the training frames each
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the fine-tuning runs
-    steps: tuple[int, ...] = (1000,)  # steps of a fine-tuning run; several: one run each, to find where gains end
-    pretrained: Path | None = None  # pre-training run; None: pre-train, or resume, the variant's own
+    steps: tuple[int, ...] = (1000,)  # steps of a fine-tuning run; several: one run each, which shows where gains end
+    pretrained: Path | None = None  # pre-training run; None: the variant's own, which is started or resumed
     pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
     pretrain_flags: str = ""  # more flags of train.py, in one string
     flags: str = ""  # more flags of finetune.py, in one string
     init: Path | None = None  # ImageNet weights of the camera encoder, for pre-training and the arms without it
-    preset: str | None = None  # preset of fine-tuning; None: tiny; with --data-root finetune.py's
+    preset: str | None = None  # preset of fine-tuning; None: tiny, or with --data-root the default of finetune.py
     data_root: Path | None = None  # folder of a nuScenes dataset; None: a synthetic city of 128 scenes
     version: str = "city"  # version of the dataset
     split: str = "val"  # split to evaluate on
-    variant: str = "default"  # name of these settings in results.csv; other --flags need another name
-    jobs: int = 1  # fine-tuning runs at once
-    gpus: int = 0  # GPUs per run, with torchrun; 0: one GPU, or the CPU
-    portable: bool = False  # the same digits on every x86-64 CPU with AVX2, slower; adds -portable to --variant
+    variant: str = "default"  # name of these settings in results.csv; different --flags need different names
+    jobs: int = 1  # number of fine-tuning runs at the same time
+    gpus: int = 0  # GPUs per run, under torchrun; 0: one GPU, or the CPU, without it
+    portable: bool = False  # same digits on every x86-64 CPU with AVX2, but slower; adds -portable to --variant
     out: Path = Path("outputs/label-efficiency")  # folder of results.csv and of all runs
-    figure: Path | None = None  # draw the validation results of results.csv in --out as this picture, and do no more
+    figure: Path | None = None  # only draw the validation results of results.csv in --out, into this file
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ def main(args: Args):
         return
     if args.portable:
         if args.gpus or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            raise UserError("--portable needs an x86-64 CPU with AVX2, and does not use GPUs; leave it or --gpus out.")
+            raise UserError(
+                "--portable needs an x86-64 CPU with AVX2, and uses no GPU; leave out --portable or --gpus."
+            )
         args = replace(args, variant=f"{args.variant}-portable")
     missing = missing_cases(args, read_rows(file))
     folder = variant_folder(args.out, args)
@@ -170,17 +172,17 @@ def main(args: Args):
 
 
 def missing_cases(args, rows):
-    """The (arm, fraction, seed, steps) of `args` without a row. Raises `UserError` where rows have other settings."""
+    """The (arm, fraction, seed, steps) of `args` without a row. Raises `UserError` if rows have other settings."""
     for flags in (args.flags.split(), args.pretrain_flags.split()):
         if "--seed" in flags or "--steps" in flags:
-            raise UserError("--seed and --steps do not go into --flags or --pretrain-flags; use --seeds and --steps.")
+            raise UserError("--flags and --pretrain-flags must not contain --seed or --steps; use --seeds and --steps.")
     rows = [row for row in rows if is_of(args, row)]
     pretrained = f"{args.pretrained or variant_folder(args.out, args) / 'pretrained'}, "
     for row in rows:
         if row.flags != args.flags or row.pretrained and not row.pretrained.startswith(pretrained):
             raise UserError(
                 f"--variant {args.variant} has runs with --flags '{row.flags}' and the pre-training run "
-                f"'{row.pretrained}' in {args.out}; name a new variant."
+                f"'{row.pretrained}' in {args.out}; choose another name for --variant."
             )
     done = {row.case for row in rows}
     cases = [case[::-1] for case in product(args.steps, args.seeds, args.fractions, args.arms)]
@@ -365,7 +367,7 @@ def draw(rows: list[Row], file: Path):
     with the fewest labels that runs of several lengths have in common."""
     if not rows:
         raise UserError(
-            "results.csv in --out has no rows of the variant `default` on the split `val`: nothing to draw."
+            "results.csv in --out has no rows of the variant default on the split val: there is nothing to draw."
         )
     over_labels, over_steps = [], []  # the rows of each panel
     for panel in sorted({(row.task, row.modality, row.metric) for row in rows}):

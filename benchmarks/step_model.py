@@ -46,12 +46,12 @@ class Machine:
     half_tflops: float = 989.5  # TFLOP/s of products in bf16 and fp16; data sheet
     tf32_tflops: float = 494.5  # TFLOP/s of products in tf32; data sheet
     fp32_tflops: float = 67.0  # TFLOP/s in fp32, without tensor cores; data sheet
-    gb_s: float = 4226.0  # GB/s of memory, read plus written: a copy measured on an H200 (docs/log.md)
-    efficiency: float = 1.0  # GPU times are divided by it: the fraction of the bound that real kernels reach
+    gb_s: float = 4226.0  # memory bandwidth, GB/s read plus written; measured for a copy on an H200 (docs/log.md)
+    efficiency: float = 1.0  # fraction of the bounds that real kernels reach; GPU times are divided by it
     # 22.335 ms of the sparse encoder on an H200's host (benchmarks/results.csv, where the GPU works for 4.2 ms of it),
     # for 94 calls forward and 88 backward. Each direction alone gives 118 and 113 us: the other 69 calls, which C++
     # makes, hardly count.
-    host_us: float = 123.0  # us of the host per operator or kernel that Python calls
+    host_us: float = 123.0  # host time per operator or kernel that Python calls, us
     pcie_gb_s: float = 64.0  # GB/s from the host to the GPU; PCIe 5.0 x16
     nvlink_gb_s: float = 450.0  # GB/s from one GPU to the others; data sheet
     # CPU time at 900 x 1600 with augmentation (docs/data.md, by benchmarks.bench_data): lidar-0.075 loads ten sweeps in
@@ -64,12 +64,12 @@ class Machine:
 @dataclass(frozen=True)
 class Args:
     task: Literal[tuple(TASKS)] = "train"  # train.py, or finetune.py for detection, segmentation or occupancy
-    preset: str | None = None  # a recipe of unipad/recipes.py; None: the first full-size one of the task
-    modality: Literal["camera", "lidar", "fusion"] | None = None  # where several have a preset of that name
+    preset: str | None = None  # a recipe of docs/recipes.md; None: camera-0.1; for segment, segment
+    modality: Literal["camera", "lidar", "fusion"] | None = None  # if several have a preset of that name
     batch_size: int = 1  # samples per GPU and step, in the first two tables
-    cameras: int = 6  # of the rig
-    samples: int = 28130  # training samples; a class-balanced recipe draws one per sample and class in it
-    gpus: tuple[int, ...] = (1, 2, 4, 8, 16)  # of the last table; those that do not divide the batch are left out
+    cameras: int = 6  # cameras of the rig
+    samples: int = 28130  # training samples; class-balanced recipes draw a sample once per class in it
+    gpus: tuple[int, ...] = (1, 2, 4, 8, 16)  # rows of the last table; those that do not divide the batch are left out
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
 

@@ -1,7 +1,7 @@
 """Hand-written Triton kernels: tensors in, tensors out, independent of the rest of the project.
 
     backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, waits of the host for the GPU
-    voxelize.py     points -> voxels with the mean of their points; grid sampling: one point of each voxel
+    voxelize.py     points -> voxels, each with the mean of its points; grid sampling: one point of each voxel
     carve.py        rays -> free and full cells of a grid
     voxel_keys.py   voxels sorted by linear index, their key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
@@ -11,7 +11,7 @@
     sparse_tiles.py ... layouts of the neighbor table that the GEMMs read
     sparse_reference.py ... its reference
     norm_relu.py    batch normalization over voxels, residual and ReLU, for training
-    sparse_layers.py convolutions with norm_relu, one after the other, in one op, for training
+    sparse_layers.py several layers of sparse convolution and norm_relu in one op, for training
     tuning.py       autotuning of an op's launch parameters, saved in a file; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     pixel_sum.py    ... its gradients on coarse levels, summed in a fixed order
@@ -23,8 +23,8 @@
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
     composite.py    front-to-back compositing of samples along rays
     ray_features.py features of a volume along rays, summed with the weights of the samples
-    depth_range.py  rendered depths clamped to the range of the samples in their volume
-    warp.py         the ends of rays carried into source images, and their colors there
+    depth_range.py  rendered depth clamped to the range of the samples on all rays through the same volume
+    warp.py         the end point of each ray projected into source images, and the color there
     ray_mean.py     means over the rays of each volume
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward

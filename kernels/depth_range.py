@@ -1,6 +1,6 @@
 """Rendered depths clamped to the range of the samples of all rays through the same volume, as in the original.
 
-    low_b, high_b = smallest start of a first sample, largest of a last one, over the rays that hit volume b
+    low_b, high_b = smallest start of a first sample, largest start of a last one, over the rays that hit volume b
     out_r         = clamp(depth_r, low_b, high_b) / scale, with the ray's own b; 0 for a ray that does not hit
     d_depth_r     = d_out_r / scale where the ray hits and its depth is in the range, else 0
 

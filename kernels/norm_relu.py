@@ -1,5 +1,5 @@
 """Batch normalization over rows, residual and ReLU in one op, for training: two launches forward, two backward. Between
-convolutions (kernels/sparse_layers.py), which compute the sums over the rows, it is one launch each.
+convolutions (kernels/sparse_layers.py), which compute the sums over the rows, it takes one launch each way.
 
     x^ = (x - mean) inv_std,  inv_std = (var + eps)^-1/2          mean, var over the N rows, by channel
     out = relu(w x^ + b + residual)
@@ -7,11 +7,11 @@ convolutions (kernels/sparse_layers.py), which compute the sums over the rows, i
     dL/db = sum g,  dL/dw = sum g x^
     dL/dx = w inv_std (g - dL/db / N - x^ dL/dw / N)              sums over the rows
 
-One program sums each part of the rows. Every program of the next launch merges the parts itself, in the same order:
-that saves a launch (its time on a GPU has not been measured). A part has its mean and the sum of squares around it:
-sums of x^2 would cancel where the mean is large.
+Each part of the rows is summed by one program. Every program of the next launch merges the parts itself, in the same
+order, which saves a launch (its time on a GPU has not been measured). A part stores its mean and the sum of squares
+around it, because sums of x^2 would cancel where the mean is large.
 
-Sizes: N rows, C channels, P parts of R rows; the last may be shorter.
+Sizes: N rows, C channels, P parts of R rows; the last part may be shorter.
 """
 
 from functools import lru_cache
@@ -35,7 +35,7 @@ def norm_relu(
         residual:     [N, C] in the type of x, or None.
         running:      mean [C], unbiased variance [C] and number of batches [] int64, which are updated in place as in
                       `nn.BatchNorm1d`; unchanged if there are no rows. None: there are none.
-        momentum:     share of this batch in the running mean and variance.
+        momentum:     weight of this batch in the running mean and variance.
 
     Returns:
         [N, C] in the type of x, computed in fp32 (fp64 for fp64) and rounded once. A single row gives

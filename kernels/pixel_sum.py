@@ -6,10 +6,10 @@
 A quad is the square between four neighboring pixels. For each hit, weight is the pixel's bilinear weight, z the depth
 in bins (k is a bin), g the gradient w.r.t. the voxel; probability and feature are those interpolated in the forward.
 
-With nuScenes' rig a view sees a voxel in 18 % of all pairs of both. So the hits are not sorted by key, with the other
-pairs at the end: the backward of `lift` has counted the hits of each quad, and they go straight to their quad's place.
-They arrive there in any order; then each finds its rank among the (on average 16 to 52) others. So each quad sums its
-hits in a fixed order, that of a stable sort.
+With nuScenes' rig, a view sees the voxel in 18 % of all pairs of view and voxel. So the pairs are not sorted by key,
+which would sort the other 82 % too. Instead, the backward of `lift` counts the hits of each quad, and they are written
+straight to their quad's range. They arrive there in any order; then each hit finds its rank among the others (16 to 52
+on average). So each quad sums its hits in a fixed order, that of a stable sort.
 
 Part of `lift`: the reference is the gradient of `lift_ref`; timed by benchmarks.bench_lift.
 """

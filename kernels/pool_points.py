@@ -2,10 +2,10 @@
 
     x, y, z = (A^-1 (bin (u, v, 1) - t) - low) / cell        A, t: left 3 x 3 part and last column of lidar2image
 
-u, v is the pixel, bin the depth of the point in meters. Consecutive points of a ray in one voxel form a run. Voxels are
-computed in fp64, rounding after every operation, in the same order by kernel and reference.
+(u, v) is the pixel, bin the depth of the point in meters. Consecutive points of a ray in one voxel form a run. Voxels
+are computed in fp64; kernel and reference do the same operations in the same order, and round after each.
 
-Part of `voxel_pool`, which has the sizes' letters and the benchmark.
+Part of `voxel_pool`, which explains the letters of the sizes and has the benchmark.
 """
 
 from typing import NamedTuple

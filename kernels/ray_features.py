@@ -4,10 +4,10 @@
 
     dL/dw_s = d_out . f_s,   dL/dV_k = sum over rays and samples of w_s a_sk d_out
 
-This is `composite` of features with weights that are known: those that `sdf_render` or `composite` returns. A linear
-layer of any width after it equals one of all samples before it, so what is composited is the volume's C channels, not
-the layer's outputs; and [R, S, C] features are never stored. It is an op of its own, since inside the kernels of
-`sdf_render`, which have the features, further sums would need registers that these do not have.
+This is `composite` of features with given weights: those that `sdf_render` or `composite` returns. A linear layer of
+any width applied to the result equals the layer applied to every sample, so only the volume's C channels are
+composited, not the layer's outputs; and [R, S, C] features are never stored. It is an op of its own, because the
+kernels of `sdf_render`, which have the features, have no registers left for further sums.
 
 Sizes: R rays, S samples on each, C channels.
 """

@@ -1,4 +1,4 @@
-"""Means over rays: over those of each volume, then over the volumes.
+"""Means over rays: first over the rays of each volume, then over the volumes.
 
     out = 1 / B sum_b (sum_r m_br x_r) / max(sum_r m_br n_r, 1)
     d_x_r = d_out / B sum_b m_br / max(sum_r m_br n_r, 1)

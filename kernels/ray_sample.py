@@ -3,7 +3,7 @@
     clip:        t = (face - origin) / (direction + 1e-6) for six faces; from the last entry to the first exit
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
     resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), the CDF linear in each interval; merged with the old edges;
-                 by given weights, or by NeuS's: of `composite`, with the opacities of `interval_alpha`
+                 from given weights, or from NeuS's: those of `composite`, with the opacities of `interval_alpha`
 
 An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample lies at its
 start and extends to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the

@@ -11,8 +11,8 @@ Colors and opacities depend on the gradient g of the distance, so training needs
     dL/dtheta through g = v^T dg/dtheta = d(g . v)/dtheta at fixed v :
 
 the gradient of *one* number, the derivative g . v of the distance along v. The backward of the distance is therefore
-reverse mode over the MLP and its tangent along v. z. (in the code z_dot; f. is called along) is the derivative of z
-along v, z- (d_z) that of L w.r.t. z, z^ (z_hat) that of the distance w.r.t. z:
+reverse mode over the MLP and its tangent along v. Here z. is the derivative of z along v (in the code z_dot; f. is
+`along`), z- is dL/dz (d_z), and z^ is the derivative of the distance w.r.t. z (z_hat):
 
     z._l = W_l x._l + A_l f. + E_l (v, 0),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
     x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = (1, 0, ...)   (the reverse pass that gave g)

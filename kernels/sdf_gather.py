@@ -5,9 +5,9 @@ end along x, y and z. Corner k's weight is the product of one share per axis, wi
 
     f = u - floor(u),   share 1 - f of voxel floor(u), f of the next one;   slopes (d share / du) -1 and 1
 
-Addresses are computed once per sample: corners have constant offsets from the first, which is clamped so that all 8 are
-in the volume. A share whose voxel is not the one that it would have without clamping, or that does not exist, is 0. So
-no access needs a mask. Beyond its first and last voxel centers, by up to one cell, the volume fades to 0.
+Addresses are computed once per sample: corners have constant offsets from the first one, which is clamped so that all 8
+are in the volume. If clamping has moved a share to another voxel, or if its voxel does not exist, the share is 0; so no
+access needs a mask. The volume fades to 0 within one cell beyond its first and last voxel centers.
 
 A volume has less than 2^31 voxels (checked in `sdf_render` and `ray_features`). Sizes as in `sdf_field`; the volume's
 are constants.

@@ -62,7 +62,7 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
         gradient: [R, S, 3] d sdf / d point.
         rgb:      [R, S, 3] in [0, 1].
 
-    Differentiable once in `feature`, `slope` and the MLPs.
+    Differentiable once w.r.t. `feature`, `slope` and the MLPs.
     """
     (R, S, _), (sdf_mlp, rgb_mlp) = points.shape, mlps
     feature, slope = feature.flatten(0, 1), slope.flatten(0, 1)  # [N, C], [N, 3, C] with N = R * S
@@ -126,7 +126,7 @@ def fold(mlp):
 
 
 class Softplus(torch.autograd.Function):
-    """log(1 + exp(SHARPNESS z)) / SHARPNESS and its derivative, both differentiable once in z."""
+    """log(1 + exp(SHARPNESS z)) / SHARPNESS and its derivative, both differentiable once w.r.t. z."""
 
     @staticmethod
     def forward(ctx, z):

@@ -8,9 +8,9 @@ exchange any. Bits of the index in a layer, the highest first (n0 is the lowest 
     of W in x W^T   [columns of 8: k3...] [rows of 16: n4...] n2 n1 n0 k2 k1 n3 k0
     of W in d_z W   [columns of 8: k3...] [rows of 16: n4...] k2 k1 k0 n2 n1 n3 n0
 
-A layer's columns from k on, a multiple of 8, are thus one piece, which begins at k N. A product's result, stored in the
-first order, is one that threads can add to without an exchange either: the weights' gradient. Of the distance MLP,
-whose last layer has 1 + H rows, the first of them is stored behind all others, as it is, so that N is H there too.
+So the columns of a layer from k on, k a multiple of 8, are contiguous and begin at k N. If the result of a product is
+stored in the first order, as the weights' gradient is, threads can add to it without an exchange either. The last layer
+of the distance MLP has 1 + H rows; the first of them is stored unpermuted behind all others, so that N is H there too.
 
 A thread holds columns 2 t and 2 t + 1 of a result but columns t and t + 4 of an operand, t = 0 to 3. Since the inputs
 of a product can be summed in any order, `operand` takes columns in the order 0 2 4 6 1 3 5 7, and the weights above

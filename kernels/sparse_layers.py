@@ -2,10 +2,10 @@
 
     x_l = conv_l(y_{l-1}),  y_l = relu(norm_l(x_l) + residual)     l = 1 .. L, y_0 = features; residual: y_{l-2} or none
 
-A convolution computes the sums over its rows that the norm next to it needs: in the forward the moments of x_l, in the
-backward, from dL/dy_l before it is stored, the sums of its norm's gradient (kernels/norm_relu.py). So a layer takes two
-launches forward and two backward; another two compute the gradients of the weights of all consecutive layers that have
-the same table and channels.
+A convolution also computes the sums over its rows that the norm next to it needs: in the forward, the moments of x_l;
+in the backward, from dL/dy_l before it is stored, the sums of the norm's gradient (kernels/norm_relu.py). So a layer
+takes two launches forward and two backward; another two compute the gradients of the weights of all consecutive layers
+with the same table and channels.
 
 Sizes: N rows of the features, M of the result; for one layer, I and O channels, K offsets of its kernel.
 """

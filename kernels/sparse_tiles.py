@@ -2,11 +2,11 @@
 
 For a tile of BLOCK_M output rows, the GEMM multiplies at every offset at which any of the rows has a neighbor. A tile
 is stored in the order of the GEMM's loop, which then has no branch and can prefetch: a list of those offsets and, for
-each, the input rows that the outputs read. Rows with neighbors at the same offsets should be in the same tile: within
-a window of consecutive rows, rows are sorted by their set of offsets. A wider window leaves fewer products with missing
-neighbors, but an input row that a tile reads then serves fewer of its outputs; benchmarks/count_sparse_conv.py counts
-both. In the inverse table of a stride-2 convolution, the parity of a cell's (z, y, x) decides at which offsets it has
-neighbors, and the same sort groups the eight kinds of cells.
+each, the input rows that the outputs read. Rows with neighbors at the same offsets should be in the same tile: within a
+window of consecutive rows, rows are sorted by their set of offsets. A wider window means fewer products with missing
+neighbors, but each input row that a tile reads is then used by fewer of its outputs; benchmarks/count_sparse_conv.py
+counts both. In the inverse table of a stride-2 convolution, the parity of a cell's (z, y, x) decides at which offsets
+it has neighbors, and the same sort groups the eight kinds of cells.
 
 The gradient of the weights sums over the pairs of each offset. The center offset has several times as many pairs as the
 others, so pairs are stored offset after offset and split into chunks of equal length.

@@ -7,8 +7,8 @@ upper corner, the two have the weights a = (1 - f, f), with the slopes b = da / 
 
 which are four sums over the same 8 voxels. A corner outside the volume has weight and slope 0 (zero padding, as
 F.grid_sample with align_corners=True). Both outputs are differentiable: dL/dV uses the weights of the four sums again;
-dL/dpoint through the gradient uses the mixed second derivatives (az_i by_j bx_k, ...), as the pure ones are 0. So one
-backward gives what autograd would need a double backward of an interpolation for.
+dL/dpoint through the gradient uses the mixed second derivatives (az_i by_j bx_k, ...), since the pure ones are 0. So
+one backward computes what would take autograd a double backward through an interpolation.
 
 Sizes: R rays with S points each, so N = R * S points; C channels.
 """

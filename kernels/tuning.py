@@ -1,14 +1,14 @@
 """Autotuning: the candidate launches of an op are timed once per kind of work; the fastest is saved in a file.
 
 A candidate is a tuple of launch parameters, such as block sizes. Its time includes preparing what only this candidate
-reads, such as the neighbor table's tiles of its size (sparse_tiles.py), since every training step prepares them again;
-tiles that an earlier layer has built already are not counted. Runs are timed as in a training step: back to back, with
-the L2 cache as the previous run leaves it and the host ahead of the device. The lowest median wins.
+reads, such as the tiles of its size in the neighbor table (sparse_tiles.py), since every training step prepares them
+again; tiles that an earlier layer has already built are not counted. Runs are timed as in a training step: back to
+back, with the L2 cache as the previous run leaves it and the host ahead of the device. The lowest median wins.
 
-Off until `enable` is called: every op uses the first of its candidates, a sensible default. Candidates may sum in
-different orders, so results are bitwise equal only between runs with the same choices: tuning off, or the same file.
-Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timing cannot change results; choices made
-before, or in the file, still hold.
+Until `enable` is called, tuning is off: every op uses the first of its candidates, a sensible default. Candidates may
+sum in different orders, so results are bitwise equal only between runs with the same choices: tuning off, or the same
+file. Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timing cannot change results; choices
+made before, or in the file, still hold.
 """
 
 import json

@@ -41,7 +41,7 @@ def voxel_pool(
         shape:       voxels (X, Y, Z).
         stride:      image pixels from one feature to the next.
         depth_range: (nearest, farthest) meters along the optical axis, divided into D bins.
-        truncate:    round cell coordinates towards zero, as the original does, instead of down: points up to one voxel
+        truncate:    round cell coordinates toward zero, as the original does, instead of down: points up to one voxel
                      below the grid's lower faces then go to the first voxels.
         cache:       keeps the voxels of the points for later calls with the same cache; `lidar2image` must have the
                      same values in all of them. None: nothing is kept.

@@ -147,7 +147,7 @@ def grid_subsample(
     Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
     e.g. because a point is not finite, and if `check_grid` rejects the extent. Plain PyTorch on every device, without a
     Triton kernel. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their
-    coordinates, not their borders. (The original's copy of GridSample rounds towards zero, so that the cells at x = 0,
+    coordinates, not their borders. (The original's copy of GridSample rounds toward zero, so that the cells at x = 0,
     y = 0 or z = 0 are twice as long across that plane.)
     """
     counts, P = _check(points, point_counts), len(points)

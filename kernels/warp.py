@@ -57,37 +57,45 @@ def warp(
 
 @without_autocast
 def warp_ref(depth, rays, images, projections, sizes):
-    """`warp` in plain PyTorch."""
+    """`warp` in plain PyTorch. Colors are read of seen pairs of a ray and an image only: of few, where cameras look in
+    all directions."""
     origins, directions, volume_idx = (t.detach() for t in rays)
-    M, H, W, C = images.shape[1:]
+    (B, M, H, W, C), R, dtype = images.shape, len(depth), depth.dtype
     sample = volume_idx.long()
-    matrix = projections.detach().to(depth.dtype)[sample, :, :3]  # [R, M, 3, 4]
+
+    def of_rays(t):  # [.., M, B] -> [.., M, R], or [.., M, 1] for one sample
+        return t if B == 1 else t[..., sample]
+
+    columns = of_rays(projections.detach().to(dtype)[:, :, :3].permute(3, 2, 1, 0)).unbind()  # 4 of [3, M, R]
     # written out: a matmul on a GPU might run in TF32
-    start = (matrix[..., :3] * origins.to(depth.dtype)[:, None, None]).sum(-1) + matrix[..., 3]  # [R, M, 3]
-    step = (matrix[..., :3] * directions.to(depth.dtype)[:, None, None]).sum(-1)
-    u, v, d = (start + depth[:, None, None] * step).unbind(-1)  # [R, M]
-    behind = d < MIN_DEPTH
-    d = d.masked_fill(behind, 1.0)
-    height, width = sizes[sample].unbind(-1)  # [R, M]
-    x, y = u / d - 0.5, v / d - 0.5
-    unseen = behind | (x < 0) | (y < 0) | (x > width - 1) | (y > height - 1) | (width < 1) | (height < 1)
-    x, y = x.masked_fill(unseen, 0.0), y.masked_fill(unseen, 0.0)  # without a gradient there
+    start, step = (
+        sum(column * x for column, x in zip(columns[:3], t.to(dtype).t(), strict=True)) for t in (origins, directions)
+    )
+    start = start + columns[3]  # [3, M, R]
+    with torch.no_grad():
+        u, v, d = start + depth * step  # [M, R]
+        behind = d < MIN_DEPTH
+        d = d.masked_fill(behind, 1.0)
+        height, width = of_rays(sizes.permute(2, 1, 0))  # [M, R]
+        x, y = u / d - 0.5, v / d - 0.5
+        unseen = behind | (x < 0) | (y < 0) | (x > width - 1) | (y > height - 1) | (width < 1) | (height < 1)
+        image, ray = (~unseen).nonzero().unbind(1)  # [P] of each seen pair
+    height, width = sizes[sample[ray], image].unbind(-1)
+    u, v, d = start[:, image, ray] + depth[ray] * step[:, image, ray]  # [P]
 
     def corners(at, size):
         """Indices of the two pixels around a coordinate, and its fraction of the way between them; NaN: some pixels."""
         low = torch.where(at > 0, at.detach(), 0).floor().long().minimum((size - 2).clamp(min=0))
-        return (low, (low + 1).minimum((size - 1).clamp(min=0))), at - low
+        return (low, (low + 1).minimum((size - 1).clamp(min=0))), (at - low)[:, None]
 
-    (columns, fx), (rows, fy) = corners(x, width), corners(y, height)
-    first = sample[:, None] * M + torch.arange(M, device=depth.device)  # [R, M] the image among all
+    (columns, fx), (rows, fy) = corners(u / d - 0.5, width), corners(v / d - 0.5, height)
+    first = (sample[ray] * M + image) * H  # of the image's rows among all
     scale = 255 if images.dtype == torch.uint8 else 1
     pixels = images.detach().flatten(0, 3)
-    (a, b), (c, e) = [
-        [pixels[(first * H + row) * W + column].to(depth.dtype) / scale for column in columns] for row in rows
-    ]  # [R, M, C] each
-    fx, fy = fx[..., None], fy[..., None]
-    top, bottom = a + fx * (b - a), c + fx * (e - c)
-    return (top + fy * (bottom - top)).masked_fill(unseen[..., None], 0.0), ~unseen
+    (a, b), (c, e) = [[pixels[(first + row) * W + column].to(dtype) / scale for column in columns] for row in rows]
+    top, bottom = a + fx * (b - a), c + fx * (e - c)  # [P, C]
+    colors = depth.new_zeros(R, M, C).index_put((ray, image), top + fy * (bottom - top))
+    return colors, ~unseen.t()
 
 
 class Warp(torch.autograd.Function):

@@ -90,7 +90,7 @@ def test_a_sweep_later_than_its_next_one_is_refused(city, tmp_path):
     sweep = next(row for row in rows if "sweeps/CAM_FRONT/" in row["filename"])
     sweep["timestamp"] += 10_000_000
     table.write_text(json.dumps(rows))
-    with pytest.raises(DataError, match="sample_data.json, row .*: its time is -10 s after that of its prev"):
+    with pytest.raises(DataError, match="sample_data.json, row .*: its timestamp is -10 s after that of its prev"):
         for split in ("mini_train", "mini_val"):  # whichever the sweep is in
             NuScenesDataset(root, VERSION, split, THREE)
 

@@ -1,5 +1,6 @@
 """The loss `occupancy`: targets and losses by hand, their place in a training step, metrics and picture."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -162,7 +163,7 @@ def test_a_lag_of_no_sweep_is_refused(name, samples):
     row = points[:, 4].argmax()
     assert points[row, 4] > 0
     points[row, 4] = np.nextafter(points[row, 4], np.float32(1))
-    with pytest.raises(UserError, match=f"{samples[1].token} has points of the time lag 0.*, which is not in Sample"):
+    with pytest.raises(UserError, match=f"{samples[1].token} has points with the time lag 0.*, which is not in Sample"):
         collate([samples[0], replace(samples[1], **{name: points})])
 
 
@@ -222,6 +223,29 @@ def test_without_other_losses_no_ray_is_cast(batch, monkeypatch):
     assert trained == {id(p) for p in net.parameters() if p.requires_grad}
     assert evaluate_rendering(net, [(0, batch)], 0, CPU).keys() == {"occupancy_iou_full", "occupancy_iou_free"}
     assert rendered_views(net, batch, None).std() > 10  # without rows of what would be rendered
+
+
+LOSSES = "depth", "rgb", "free_space", "sdf", "eikonal", "points", "photometric", "features", "occupancy"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_but_occupancy_casts_rays(loss, batch, monkeypatch):
+    """As `Render.renders` says and as a training step does; with no loss there is nothing to render."""
+
+    class Rendered(Exception):
+        pass
+
+    def forward(*args, **kwargs):
+        raise Rendered
+
+    monkeypatch.setattr("unipad.model.render.Renderer.forward", forward)
+    nothing = replace(TINY.render, **{f"{name}_weight": 0.0 for name in LOSSES})
+    assert not nothing.renders and not any(v for name, v in vars(nothing).items() if name.endswith("_weight"))
+    render, data = replace(nothing, **{f"{loss}_weight": 0.1}), replace(TINY.data, feature_channels=3)
+    alone = replace(TINY, render=render, data=data)
+    assert alone.render.renders == (loss != "occupancy")
+    with pytest.raises(Rendered) if alone.render.renders else contextlib.nullcontext():
+        losses_of(alone, batch)
 
 
 def test_iou_by_hand(batch):

@@ -71,7 +71,7 @@ def another(hint, value):
 
 # Settings that another setting limits -> command-line arguments instead of those of `another`
 LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
-LIMITED |= {"data.sources": (-2, 2), "rays.patch_step": (2,)}
+LIMITED |= {"data.sources": (-2, 2), "rays.patch_step": (2,), "rays.patch": (5,)}
 # Settings that the photometric loss does not allow, and those that no recipe without it may have
 NOT_WITH_PHOTOMETRIC = {"rays.strategy", "augment.photometric", "augment.grid_mask"}
 ONLY_WITH_PHOTOMETRIC = {"data.sources", "render.photometric_weight"}
@@ -250,15 +250,19 @@ def test_default_presets_exist():
             ["--grid.cell", 0.7, 1.25, 2.0],
             r"--grid.cell \(0.7, 1.25, 2.0\): cells of 0.7 m do not divide the range along x, .* 0.70",
         ),
-        (train, ["--grid.low", 50, -40, -3], "--grid.cell .* along x there is no range from 50.0 to 40.0 m"),
-        (train, ["--grid.cell", 1.25, 1.25, 0], "--grid.cell .* along z .* in cells of 0.0 m"),
+        (train, ["--grid.low", 50, -40, -3], "--grid.cell .* along x, the range from 50.0 to 40.0 m cannot be cut"),
+        (train, ["--grid.cell", 1.25, 1.25, 0], "--grid.cell .* along z, .* into cells of 0.0 m"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
         (train, ["--camera.widths", 24, -64, 96, 192], "--camera.widths -64 must be at least 1"),
         (finetune, ["--modality", "lidar", "--detect.heads", 0], "--detect.heads 0 must be at least 1"),
         (train, ["--camera.frozen-stages", -1], "--camera.frozen-stages -1 must be at least 0"),
         (train, ["--lr", "inf"], "--optim.lr inf is out of range"),
-        (train, ["--grid.cell", "nan", 1, 1], "--grid.cell .nan, 1.0, 1.0.: along x there is no range"),
+        (
+            train,
+            ["--grid.cell", "nan", 1, 1],
+            "--grid.cell .nan, 1.0, 1.0.: along x, the range from .* cannot be cut",
+        ),
         (train, ["--epochs", "1e20"], r"--optim.epochs 1e\+20 is out of range"),
         (train, ["--steps", 10**20], "--steps 1000*0 is too large; use at most"),
         (train, ["--seed", 2**64], "--seed 18446744073709551616 is too large"),

@@ -14,6 +14,7 @@ import eval as evaluation
 import train
 from tests.test_data_docs import TEXT
 from tests.test_rays import make_batch, seeded_generators
+from tests.test_train import SMALL, checkpoint, curve
 from unipad.checkpoint import write_checkpoint
 from unipad.config import Augment, Data
 from unipad.config_dict import to_dict
@@ -69,7 +70,7 @@ GOOD = np.ones((9, 16, 40), np.float16)
         (GOOD.astype(np.int8), "values of type int8"),
         (
             GOOD[..., :4],
-            "has 4 channels, not 40, as others or --data.feature-channels: .* 0 counts theirs",
+            "has 4 channels, but other files or --data.feature-channels have 40: .* 0 takes the number from the files",
         ),
         (np.where(np.arange(40) == 3, np.nan, GOOD).astype(np.float16), "values that are not finite"),
         (np.where(np.arange(40) == 3, np.inf, GOOD).astype(np.float32), "values that are not finite"),
@@ -278,7 +279,7 @@ def test_settings_that_cannot_be_combined(flags, message):
         train.parse(["--modality", "lidar", "--preset", "features-tiny", *flags])
     if flags[0] == "--data.no-cameras":  # also where the dataset has no images
         recipe = PRETRAIN["lidar"]["features-tiny"]
-        words = "see no pixel: they need --render.features-weight 0 --data.features None"
+        words = "see no pixels, which some losses need: add --render.features-weight 0 --data.features None"
         with pytest.raises(UserError, match=words):
             train.with_ray_origins(recipe, has_images=False, print0=print)
 
@@ -316,6 +317,52 @@ def test_a_run_is_evaluated_with_features_and_where_they_are_gone(city_copy, tmp
         metrics()
     without = metrics("--data.features", "None")
     assert "depth_rmse" in without and "features_cosine" not in without
+
+
+def run_train(out, *flags):
+    """Train with few rays: weights of the run in `out`, {name: value} of what its first step logged."""
+    train.main(train.parse([*SMALL, *flags]))
+    return checkpoint(out)["model"], {
+        name: curve(out, f"train/{name}")[1] for name in ("loss", "features", "grad_norm")
+    }
+
+
+def new_run(city, out, *flags):
+    """Flags of a new run in `out`."""
+    return ["--modality", "lidar", "--preset", "features-tiny", "--data-root", city, "--out", out, *flags]
+
+
+@pytest.mark.parametrize("resume", ["the run", "auto"])
+def test_a_run_that_counted_the_channels_resumes_bit_equal(resume, city_copy, tmp_path):
+    """The number found is the run's: in its config.json, and where the flags that chose it are given again."""
+    counting = ["--data.feature-channels", 0, "--steps", 2]
+    whole, _ = run_train(tmp_path / "whole", *new_run(city_copy, tmp_path / "whole", *counting))
+    run = tmp_path / "run"
+    run_train(run, *new_run(city_copy, run, *counting, "--stop-at", 1))
+    assert json.loads((run / "config.json").read_text())["recipe"]["data"]["feature_channels"] == 16
+    again = ["--resume", run] if resume == "the run" else new_run(city_copy, run, *counting, "--resume", "auto")
+    resumed, _ = run_train(run, *again)
+    assert resumed["renderer.feature_head.weight"].shape[0] == 16 and resumed.keys() == whole.keys()
+    assert checkpoint(run)["step"] == 2 and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    for file in (city_copy / "features").rglob("*.npy"):  # of another model meanwhile
+        np.save(file, np.load(file)[..., :8])
+    words = (
+        "has 8 channels, but .* have 16"
+        if resume == "the run"
+        else "was started with --data.feature-channels 16, not 8"
+    )
+    with pytest.raises(UserError, match=words):
+        run_train(run, *again)
+
+
+def test_accumulated_micro_batches_have_about_the_loss_of_a_batch(city, tmp_path):
+    """And its gradient norm, in a step of two samples; not the same, since batch norms get one sample at a time."""
+    flags = ["--steps", 1, "--batch-size", 2]
+    _, whole = run_train(tmp_path / "whole", *new_run(city, tmp_path / "whole", *flags))
+    _, halves = run_train(tmp_path / "halves", *new_run(city, tmp_path / "halves", *flags, "--accumulate", 2))
+    assert whole["features"] == pytest.approx(halves["features"], rel=0.1)
+    assert whole["loss"] == pytest.approx(halves["loss"], rel=0.2)
+    assert whole["grad_norm"] == pytest.approx(halves["grad_norm"], rel=0.5)
 
 
 def test_a_dataset_without_cameras_is_refused(city, monkeypatch):

@@ -115,9 +115,9 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
     label_efficiency.main(replace(args, arms=("scratch",), portable=True))
     assert {row.variant for row in read_rows(tmp_path / "results.csv")} == {"default", "default-portable"}
     assert (tmp_path / "lidar/default-portable/scratch-0.5-2-0/checkpoints/last.pt").exists()
-    with pytest.raises(UserError, match="name a new variant"):
+    with pytest.raises(UserError, match="choose another name for --variant"):
         label_efficiency.main(replace(args, flags="--workers 0 --lr 1"))
-    with pytest.raises(UserError, match="name a new variant"):
+    with pytest.raises(UserError, match="choose another name for --variant"):
         label_efficiency.main(replace(args, pretrained=tmp_path / "another"))
     label_efficiency.main(replace(args, figure=tmp_path / "figure.png"))
     frame = cv2.imread(str(tmp_path / "figure_frame.png"))
@@ -127,6 +127,31 @@ def test_all_arms_run_and_only_what_is_missing_runs_again(city, tmp_path, capsys
             replace(args, flags="--lr -1", variant="other", pretrained=tmp_path / "lidar/default/pretrained")
         )
     assert "--lr" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_occupancy_is_fine_tuned_from_a_pre_trained_encoder_and_from_scratch(labeled, tmp_path):
+    args = Args(
+        task="occupancy",
+        arms=("scratch", "pretrained"),
+        fractions=(0.5,),
+        seeds=(0,),
+        steps=(2,),
+        pretrain_steps=2,
+        pretrain_flags="--workers 0 --val-samples 1 --val-every 0 --preset tiny",
+        flags="--workers 0 --occupancy.max-voxels 2000",
+        data_root=labeled,
+        version="v1.0-mini",
+        preset="tiny",
+        out=tmp_path,
+    )
+    label_efficiency.main(args)
+    rows = read_rows(tmp_path / "results.csv")
+    cases = {(row.arm, row.metric): row.pretrained.endswith("pretrained, 2 steps") for row in rows}
+    assert cases == {(arm, m): arm == "pretrained" for arm in args.arms for m in ("mIoU", "RayIoU")}
+    assert all(0 <= row.value < 0.5 and row.cpu_seconds > 0 for row in rows)
+    evaluated = tmp_path / "occupancy-lidar" / "default" / "pretrained-0.5-2-0" / "eval-val"
+    assert (evaluated / "occupancy_0.png").exists() and len(list((evaluated / "occupancy").glob("*.npz"))) == 3
 
 
 def test_flags_that_have_a_place_of_their_own_are_refused(tmp_path):

@@ -369,8 +369,8 @@ def halve_with_thumbnail(path):
         ("lidar", lambda p: truncate(p, 0), "empty"),
         ("lidar", lambda p: p.unlink(), "missing"),
         ("lidar", lambda p: write_points(p, y=np.nan), "not finite"),
-        ("lidar", lambda p: write_points(p, x=1e10), "a point at 1e"),
-        ("lidar", lambda p: write_points(p, x=1, i=3e38), "of intensity 3e"),
+        ("lidar", lambda p: write_points(p, x=1e10), "a point 1e"),
+        ("lidar", lambda p: write_points(p, x=1, i=3e38), "an intensity of 3e"),
         ("image", lambda p: p.unlink(), "missing"),
         ("image", lambda p: truncate(p, -100), "truncated"),
         ("image", halve_with_thumbnail, "truncated"),
@@ -380,7 +380,11 @@ def halve_with_thumbnail(path):
         ("image", lambda p: rewrite(p, lambda image: image.repeat(3, 0).repeat(3, 1)), "is 216 x 384, neither"),
         ("image", lambda p: (rewrite(p, lambda image: image, ".png"), truncate(p, -3000)), "is damaged"),
         ("labels", lambda p: truncate(p, -1), "labels for"),
-        ("labels", lambda p: p.write_bytes(b"\xff" * p.stat().st_size), "label 255, which is the index of no category"),
+        (
+            "labels",
+            lambda p: p.write_bytes(b"\xff" * p.stat().st_size),
+            "label 255, which is not the index of any category",
+        ),
     ],
 )
 def test_a_bad_frame_is_named_and_replaced_by_another(city_copy, kind, damage, reason):

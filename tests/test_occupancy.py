@@ -423,7 +423,7 @@ def test_user_errors(run, labeled, tmp_path):
         evaluate(save_run(tmp_path / "17", OccupancyModel(recipe), labeled))
     with pytest.raises(UserError, match="--occupancy.classes 5: labels have 18 classes"):
         parse(labeled, tmp_path / "run", "--occupancy.classes", 5)
-    with pytest.raises(UserError, match="objects cannot be pasted in fine-tuning for occupancy"):
+    with pytest.raises(UserError, match="fine-tuning for occupancy cannot paste objects"):
         check_recipe(replace(RECIPE, paste=Paste()))
     root = shutil.copytree(labeled, tmp_path / "set")
     for file in root.glob("gts/*/*/labels.npz"):

@@ -36,13 +36,13 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
 
 
 WITHOUT = ["detect", "segment", "occupancy", "pretrain camera", "pretrain lidar", "pretrain fusion"]
-WITHOUT += ["pretrain carving", "pretrain features"]
+WITHOUT += ["pretrain carving", "pretrain features", "pretrain images"]
 
 
 @pytest.mark.parametrize("case", WITHOUT)
 def test_a_process_without_boxes_or_points_does_not_stop_the_other(case):
-    """Process 1 has no boxes in detection, no points elsewhere, no labeled voxels and no image features. Both end, with
-    equal finite gradients."""
+    """Process 1 has no boxes in detection, no points elsewhere, no labeled voxels, no image features and no frames
+    before and after its images. Both end, with equal finite gradients."""
     done = scripts.run_two(
         "-c", "import sys; from tests import test_processes as t; t.steps_without(sys.argv[1])", case
     )
@@ -69,6 +69,7 @@ def steps_without(case):
     named = {
         "pretrain carving": replace(carving, render=replace(carving.render, depth_weight=0.0)),  # no loss casts rays
         "pretrain features": PRETRAIN["camera"]["features-tiny"],
+        "pretrain images": PRETRAIN["camera"]["images-tiny"],
     }
     recipe = named.get(case) or presets[modality or "lidar"]["tiny"]
     with start("cpu", deterministic=False) as world:
@@ -81,6 +82,11 @@ def steps_without(case):
         if case == "pretrain features":
             features = torch.full((len(batch), 2, 6, 9, recipe.data.feature_channels), 1.0 - world.rank)
             batch = replace(batch, features=features, feature_sizes=torch.tensor([6, 9]).expand(len(batch), 2, 2))
+        if case == "pretrain images":
+            aside = batch.lidar2image @ torch.tensor([[1.0, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+            shown = (255 * batch.images).to(torch.uint8).flip(-1)
+            sizes = batch.image_sizes * (1 - world.rank)
+            batch = replace(batch, source_images=shown, source_sizes=sizes, lidar2source=aside)
         torch.manual_seed(0)
         net = torch.nn.parallel.DistributedDataParallel(model(recipe))
         for step in range(2):

@@ -163,8 +163,8 @@ def nested_lists(depth):
         ("sample_data", "filename", "samples/a\0b.jpg", "filename is not the path"),
         ("sample_data", "filename", "samples/\ud800.jpg", "filename is not the path"),
         ("sample_data", "sample_token", ["a"], "sample_token is not text"),
-        ("sample_data", "ego_pose_token", "nowhere", "ego_pose_token nowhere is in no row of ego_pose.json"),
-        ("sample_data", "prev", "nowhere", "prev nowhere is in no row of sample_data.json"),
+        ("sample_data", "ego_pose_token", "nowhere", "ego_pose_token nowhere is not in any row of ego_pose.json"),
+        ("sample_data", "prev", "nowhere", "prev nowhere is not in any row of sample_data.json"),
         ("ego_pose", "rotation", [1, 0, 0], "rotation is not a unit quaternion"),
         ("ego_pose", "rotation", [0, 0, 0, 0], "rotation is not a unit quaternion"),
         ("ego_pose", "rotation", [1e300, 0, 0, 1e10], "rotation is not a unit quaternion"),
@@ -186,9 +186,9 @@ def nested_lists(depth):
         ("sample_annotation", "size", "4 2 1", "size is not three numbers"),
         ("sample_annotation", "num_lidar_pts", None, "num_lidar_pts is not a number that is 0 or more"),
         ("sample_annotation", "next", {}, "next is not text"),
-        ("instance", "category_token", "nowhere", "category_token nowhere is in no row of category.json"),
+        ("instance", "category_token", "nowhere", "category_token nowhere is not in any row of category.json"),
         ("category", "index", 256, "index is not a number from 0 to 255"),
-        ("map", "log_tokens", [], "is in the log_tokens of no row of map.json"),
+        ("map", "log_tokens", [], "is not in the log_tokens of any row of map.json"),
         ("visibility", "token", "1", "has the token of an earlier row, 1"),
     ],
 )
@@ -228,8 +228,8 @@ def test_an_image_without_a_size_is_named(city_copy):
 @pytest.mark.parametrize(
     "channel, table, field, value, words",
     [
-        ("LIDAR_TOP", "sample_data", "timestamp", 10**15, "its time is -5324"),  # in 2001; all others are in 2018
-        ("LIDAR_TOP", "sample_data", "timestamp", 1_532_402_926_000_000, "its time is -"),  # 1 s before its scene
+        ("LIDAR_TOP", "sample_data", "timestamp", 10**15, "its timestamp is -5324"),  # in 2001; all others are in 2018
+        ("LIDAR_TOP", "sample_data", "timestamp", 1_532_402_926_000_000, "its timestamp is -"),  # 1 s before its scene
         ("LIDAR_TOP", "ego_pose", "translation", [9e3, 9e3, 0], "m from that of the LiDAR frame before"),
         ("CAM_BACK", "ego_pose", "translation", [9e3, 9e3, 0], "puts a camera "),
     ],

@@ -219,7 +219,10 @@ def test_accumulated_micro_batches_have_about_the_loss_and_gradient_norm_of_a_ba
         (["--preset", "camera-0.1"], ["--init", "--camera.frozen-stages 0"]),
         (["--render.features-weight", "1"], ["--data.features FOLDER", "both"]),
         (["--preset", "features-tiny", "--data.features", "dino"], ["dino", "18 of 18", "CAM_FRONT", "docs/data.md"]),
-        (["--preset", "features-tiny", "--data.feature-channels", "8"], [".npy", "16 channels, not 8"]),
+        (
+            ["--preset", "features-tiny", "--data.feature-channels", "8"],
+            [".npy", "16 channels, but other files or --data.feature-channels have 8"],
+        ),
         (["--init", "nowhere"], ["nowhere"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,12 +20,50 @@ from unipad.exit import has_ended
 
 
 def write_checkpoint(state: dict, file: Path):
-    """Save under a temporary name and rename, so that a crash leaves the previous file intact."""
+    """Save in PyTorch's format. A crash leaves the previous file intact."""
+    _write(file, lambda f: torch.save(state, f))
+
+
+SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+
+
+def write_safetensors(weights: dict[str, torch.Tensor], file: Path):
+    """Save in the format of https://github.com/huggingface/safetensors: 8 bytes with the length of the header, the
+    header in JSON, the tensors' bytes. A crash leaves the previous file intact.
+
+    weights: of the types in `SAFETENSORS_TYPES`.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    # wide types first: then every tensor begins at a multiple of its element's size, as readers that map the file need
+    tensors = dict(sorted(weights.items(), key=lambda item: -item[1].element_size()))
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        kind = SAFETENSORS_TYPES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+
+    def write(f):
+        f.write(struct.pack("<Q", len(head)) + head)
+        for tensor in tensors.values():
+            f.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    _write(file, write)
+
+
+def _write(file, write):
+    """Call `write` with a file of a temporary name, open for bytes, then rename it."""
     remove_unfinished(file.parent, file.name)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as f:
-            torch.save(state, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         unfinished.replace(file)

@@ -174,8 +174,8 @@ def _check_occupancy(recipe):
         )
     if recipe.paste is not None:
         raise UserError(
-            "objects cannot be pasted in fine-tuning for occupancy, since the labels of the voxels would stay as they "
-            'are: set "paste" to null in the config.json.'
+            "fine-tuning for occupancy cannot paste objects, since the labels of the voxels would lack them: set "
+            '"paste" to null in the config.json.'
         )
 
 
@@ -199,20 +199,20 @@ def _check_supervision(recipe):
         raise UserError("--data.sources has no effect without --render.photometric-weight; leave it out.")
     if (render.features_weight > 0) != (data.features is not None):
         raise UserError(
-            "--data.features FOLDER and --render.features-weight need each other: give both, or to do without "
+            "--data.features FOLDER and --render.features-weight need each other: give both, or turn both off with "
             "--data.features None --render.features-weight 0."
         )
     if data.features is not None and not data.cameras:
         raise UserError(
-            "--data.features needs rays through the cameras' pixels: leave out --data.no-cameras, or do without "
-            "features by --data.features None --render.features-weight 0."
+            "--data.features needs rays through the cameras' pixels: leave out --data.no-cameras, or turn "
+            "features off with --data.features None --render.features-weight 0."
         )
     lidar_losses = {
         name: getattr(render, f"{name}_weight") for name in ("depth", "free_space", "sdf", "points", "occupancy")
     }
     if not data.sweeps and (used := [name for name, weight in lidar_losses.items() if weight > 0]):
         flags = " ".join(f"--render.{name.replace('_', '-')}-weight 0" for name in used)
-        raise UserError(f"--data.sweeps 0 reads no LiDAR, which some losses compare with: turn them off with {flags}.")
+        raise UserError(f"--data.sweeps 0 reads no LiDAR, but some losses need it: turn them off with {flags}.")
     if not data.sweeps and (rays.strategy == "depth" or not data.cameras):
         raise UserError(
             "--data.sweeps 0 reads no LiDAR: rays need cameras and --rays.strategy random, dilation or patch."

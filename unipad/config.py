@@ -1,7 +1,7 @@
 """Every setting of the method as frozen dataclasses. `unipad.recipes` has the values of the paper and others.
 
-A recipe says what is computed; where, and with how many workers, is up to the scripts' own flags. Every field is also
-a flag of the scripts, prefixed with its section (`--grid.cell 0.6 0.6 1.6`); the comment after it is the flag's help.
+A recipe says what is computed; the scripts' own flags say where, and with how many workers. Every field is also a flag
+of the scripts, prefixed with its section (`--grid.cell 0.6 0.6 1.6`); the comment after it is the flag's help.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from unipad.errors import UserError
 
 
 def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
-    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` naming `flag` where cells do not divide the range."""
+    """Number of cells (X, Y, Z) from `low` to `high`. Raises `UserError`, which names `flag`, if cells do not fit."""
     counts = []
     for axis, l, h, c in zip("xyz", low, high, cell, strict=True):
         if not (h > l and c > 0 and math.isfinite(h - l)):
             raise UserError(
-                f"{flag} {tuple(cell)}: along {axis} there is no range from {l} to {h} m in cells of {c} m."
+                f"{flag} {tuple(cell)}: along {axis}, the range from {l} to {h} m cannot be cut into cells of {c} m."
             )
         count = max(1, round((h - l) / c))
         if abs(count * c - (h - l)) > 1e-6 * (h - l):
@@ -75,17 +75,18 @@ class Data:
     image_size: tuple[int, int] | None = None  # (height, width) that images are resized to; None: as stored
     sweeps: int = 1  # LiDAR frames per sample: the keyframe and the sweeps before it; 0: no LiDAR file is read
     camera_sweeps: Literal[1, 2, 3, 4, 5, 6] = 1  # camera frames per sample: the keyframe and the sweeps before it
-    camera_rate: float = 0.0  # Hz: camera sweep n counts as n / rate s old (original: 12 Hz); 0: use timestamps
-    features: Path | None = None  # folder of image features, below the dataset's, for the loss features; docs/data.md
-    feature_channels: int = 0  # channels of the features; 0: those that the first frame has
-    # loss photometric: the frames of each camera that it looks into, counted from the keyframe (-1: the one before)
+    camera_rate: float = 0.0  # Hz: the age of camera sweep n is n / rate seconds (original: 12 Hz); 0: use timestamps
+    # folder of image features, the targets of render.features_weight; absolute or below the dataset's; docs/data.md
+    features: Path | None = None
+    feature_channels: int = 0  # number of feature channels; 0: as in the first frame
+    # frames of each camera that the photometric loss compares with, relative to the keyframe (-1: the one before)
     sources: tuple[int, ...] = ()
 
     def __post_init__(self):
         if len({0, *self.sources}) <= len(self.sources) or max(map(abs, self.sources), default=0) > MAX_SOURCE:
             raise UserError(
-                f"--data.sources {self.sources} must be different numbers of frames, from -{MAX_SOURCE} to "
-                f"{MAX_SOURCE} without 0, which is the keyframe."
+                f"--data.sources {self.sources} must be distinct frame offsets from -{MAX_SOURCE} to {MAX_SOURCE}, "
+                "without 0, which is the keyframe."
             )
 
 
@@ -94,11 +95,11 @@ class Augment:
     """Augmentation: points, cameras and boxes move together, in the order rotate, scale, shift, flip."""
 
     rotation: float = 0.0  # radians: largest angle about the vertical axis, uniform in both directions
-    scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of all lengths
+    scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest scale factor
     translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # standard deviation of the shift in x, y, z, meters
     flip_x: float = 0.0  # probability of swapping left and right (x changes sign)
     flip_y: float = 0.0  # probability of swapping front and back (y changes sign)
-    shuffle: bool = False  # shuffle the points: decides which of them an overfull voxel keeps
+    shuffle: bool = False  # shuffle the points, which decides which of them an overfull voxel keeps
     photometric: bool = False  # jitter brightness, contrast, saturation, hue and channel order of every image
     grid_mask: float = 0.0  # probability of masking the images with a grid
 
@@ -109,10 +110,10 @@ class Augment:
 
 @dataclass(frozen=True)
 class Paste:
-    """Cut and paste: fill samples up with objects of other training frames. Classes in the order of `batch.CLASSES`."""
+    """Cut-and-paste: fill samples up with objects of other training frames. Classes in the order of `batch.CLASSES`."""
 
-    counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # objects per class that a sample is filled up to
-    min_points: int = 5  # fewest LiDAR points of an object that is pasted, over all sweeps of its sample
+    counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # fill a sample up to this many objects of each class
+    min_points: int = 5  # paste only objects with at least this many LiDAR points, over all sweeps of their sample
     off_epochs: float = 5.0  # epochs without pasting at the end of training
 
 
@@ -139,9 +140,9 @@ class CameraConfig:
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
     depth: Literal["simple", "complex"] = "simple"  # depth head: a 1 x 1 convolution, or residual blocks and ASPP
     aspp_channels: int = 96  # complex depth head: channels of each ASPP branch
-    depth_weight: float = 0.0  # fine-tuning only: weight of the loss of the depth bins against LiDAR depths
+    depth_weight: float = 0.0  # fine-tuning only: weight of the loss on the depth bins, supervised by LiDAR
     view: Literal["gather", "pool"] = "gather"  # view transform
-    truncate: bool = False  # pool: round cell coordinates towards zero, as the original does, instead of down
+    truncate: bool = False  # pool: round cell coordinates toward zero, as the original does, instead of down
 
     def __post_init__(self):
         stages = len(self.widths)
@@ -162,7 +163,7 @@ class LidarConfig:
 
     cell: tuple[float, float, float] = (0.075, 0.075, 0.2)  # voxel size in x, y, z, meters
     max_points: int = 10  # a voxel keeps at most this many points; its feature is their mean
-    max_voxels: tuple[int, int] = (120_000, 160_000)  # at most per sample, in training and in evaluation
+    max_voxels: tuple[int, int] = (120_000, 160_000)  # most voxels per sample: in training, in evaluation
     mask_ratio: float = 0.8  # fraction of the occupied mask blocks whose voxels are masked; 0: no masking
     mask_block: int = 8  # voxels along the edge of a mask block
     learnable_token: bool = False  # keep masked voxels, with a learned feature, instead of removing them
@@ -209,24 +210,22 @@ class UnetConfig:
 class RayChoice:
     """Which rays a training step casts. Comments on settings that only one strategy uses begin with its name."""
 
-    # LiDAR points first, random pixels, a pixel grid, or random patches of pixels
+    # pixels that rays go through: those of LiDAR points first, random pixels, a grid of pixels, or random patches
     strategy: Literal["depth", "random", "dilation", "patch"] = "depth"
-    per_view: int = 512  # rays per camera of a sample; dilation ignores it: one ray per pixel of its grid
+    per_view: int = 512  # rays per camera and sample; dilation has one per pixel of its grid instead
     lidar_per_view: int = 512  # depth: at most this many of the per_view rays go through LiDAR points
     near_radius: float = 3.0  # meters in the ground plane: LiDAR points nearer to the LiDAR are ignored
     far_radius: float = 50.0  # meters in the ground plane: LiDAR points farther from the LiDAR are ignored
     pixel_interval: int = 4  # depth: spacing in pixels of the grid that a view's other rays are chosen from
     dilation: int = 16  # dilation: spacing of rays in pixels
-    sky: float = 0.4  # depth, patch: top fraction of an image that patches and the grid of pixel_interval leave out
-    patch: int = 3  # patch: rays along the edge of a patch; a view has as many patches as per_view has room for
-    patch_step: int = 1  # patch: pixels between these rays; the photometric loss averages images over such squares
+    sky: float = 0.4  # depth, patch: top fraction of an image without patches, and without the grid of pixel_interval
+    patch: int = 3  # patch: pixels along the edge of a patch, an odd number; only the middle one is rendered
+    patch_step: int = 1  # patch: spacing of these pixels; the photometric loss averages images over such squares
 
     def __post_init__(self):
         check_below("--rays.near-radius", self.near_radius, "--rays.far-radius", self.far_radius)
-        if self.strategy == "patch" and self.per_view < self.patch**2:
-            raise UserError(
-                f"--rays.per-view {self.per_view} has no room for a patch of {self.patch} x {self.patch} rays."
-            )
+        if self.patch % 2 == 0:
+            raise UserError(f"--rays.patch {self.patch} must be odd: the middle ray of a patch is rendered.")
 
     @property
     def patch_edge(self) -> int:
@@ -245,7 +244,7 @@ class RayChoice:
         if min(height, width) < least:
             raise UserError(
                 f"images of {height} x {width} pixels have no room for a patch, which takes {least} x {least}: use a "
-                "smaller --rays.patch-step, or larger images."
+                "smaller --rays.patch-step or larger images."
             )
 
 
@@ -259,22 +258,22 @@ class Render:
     sdf_layers: int = 6  # layers of the SDF decoder
     rgb_layers: int = 4  # layers of the color decoder
     variance: float = 0.3  # initial value: NeuS's inverse scale is exp(10 * variance), VolSDF's beta is variance
-    near: float = 1.0  # meters from the camera, or LiDAR, at which rays start
+    near: float = 1.0  # distance from the camera or LiDAR at which rays start, meters
     samples: int = 72  # stratified samples per ray
     importance: int = 24  # importance samples per ray, around the estimated surface
     search: int = 128  # volsdf, unisurf: samples per ray that search for the surface and are not rendered
-    truncation: float = 0.1  # meters around the LiDAR depth, for the SDF losses
+    truncation: float = 0.1  # SDF losses: samples within this distance of the LiDAR depth are near the surface, meters
     depth_weight: float = 10.0  # weight of the depth loss
     rgb_weight: float = 10.0  # weight of the color loss; 0: learn from depth alone
     free_space_weight: float = 0.0  # weight of the SDF loss in the free space before the surface
     sdf_weight: float = 0.0  # weight of the SDF loss near the surface
     eikonal_weight: float = 0.0  # weight of the eikonal loss
     points_weight: float = 0.0  # weight of |SDF| at the LiDAR points
-    photometric_weight: float = 0.0  # weight of the loss of colors in other camera frames, at the rendered depth
-    features_weight: float = 0.0  # weight of the loss of image features, which --data.features names
+    photometric_weight: float = 0.0  # weight of the loss on colors in other camera images, at the rendered depth
+    features_weight: float = 0.0  # weight of the loss on image features, which are in --data.features
     features_loss: Literal["cosine", "l1"] = "cosine"  # features: 1 - cosine similarity, or L1 of every channel
-    occupancy_weight: float = 0.0  # weight of the loss of free and full cells, as the LiDAR's rays carve them
-    occupancy_window: float = 0.2  # length of a window, seconds: a cell's state is that of the latest window with a ray
+    occupancy_weight: float = 0.0  # weight of the loss on free and full cells, as carved by LiDAR rays
+    occupancy_window: float = 0.2  # seconds per time window; the latest window with a ray in a cell decides its state
 
     def __post_init__(self):
         if not self.occupancy_window > 0:
@@ -310,8 +309,8 @@ class Detect:
     noise_split: float = 0.75  # denoising: a copy shifted farther than this fraction of noise_scale is background
     max_detections: int = 300  # at most this many boxes per sample, before NMS
     min_score: float = 0.0  # boxes with a lower score are dropped
-    center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: boxes centered below are dropped
-    center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)  # meters: boxes centered above are dropped
+    center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: boxes with a lower center are dropped
+    center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)  # meters: boxes with a higher center are dropped
     iou_in_score: bool = True  # denoising: score is sqrt(p * predicted IoU) instead of p, the class's probability
     # (class, bird's-eye IoU above which the lower-scored box is dropped): barrier, motorcycle, traffic cone
     nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
@@ -338,10 +337,10 @@ class Occupancy:
     classes: int = 18  # number of classes: Occ3D's 0 to 16, and 17, free
     channels: int = 32  # channels of the volume that the head reads
     hidden: int = 64  # width of the MLP
-    # voxels to learn: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene saw; or
-    # all, with the labels that the file has
+    # voxels to train on: those that cameras see, which the benchmark scores; those that LiDAR scans of the scene have
+    # seen; or all, with the labels in the file
     mask: Literal["camera", "lidar", "none"] = "camera"
-    max_voxels: int = 0  # at most this many of them per sample and step, drawn at random, half of them full; 0: all
+    max_voxels: int = 0  # most voxels to train on per sample and step, drawn at random, half of them full; 0: all
     cross_entropy_weight: float = 1.0  # weight of the cross-entropy
     lovasz_weight: float = 1.0  # weight of the Lovász softmax loss
 
@@ -357,13 +356,13 @@ class Optim:
     schedule: Literal["cosine", "one_cycle"] = "cosine"  # schedule of the learning rate
     lr: Annotated[float, arg(aliases=["--lr"])] = 2e-4  # peak learning rate, for `batch_size` samples per step
     backbone_lr_factor: float = 0.1  # learning rate of the image backbone, as a factor of lr
-    encoder_lr_factor: float = 1.0  # of the rest of the encoders, as a factor of lr
+    encoder_lr_factor: float = 1.0  # learning rate of the rest of the encoders, as a factor of lr
     weight_decay: float = 0.01  # decoupled weight decay
     clip: float = 35.0  # norm that gradients are clipped to
     start_factor: float = 1 / 3  # learning rate at step 0, as a factor of lr
     final_factor: float = 1e-3  # learning rate at the last step, as a factor of lr
     warmup_steps: int = 500  # cosine: steps of the warm-up
-    rise: float = 0.4  # one_cycle: fraction of the steps up to the peak
+    rise: float = 0.4  # one_cycle: fraction of the steps before the peak
     momentum: float = 0.9  # AdamW's first beta
     min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: momentum at the peak of lr; 0.85 / 0.95 as in mmdet3d
     epochs: Annotated[float, arg(aliases=["--epochs"])] = 12  # passes over the training frames

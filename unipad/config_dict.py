@@ -20,7 +20,7 @@ ADDED_SETTINGS |= {"features", "feature_channels", "features_weight", "features_
 def from_dict(kind, value, name=""):
     """The inverse of `to_dict`: JSON-able `value` as a `kind`: a dataclass, the type of a field, or a union of these.
 
-    Raises TypeError where the fields are not exactly those of a dataclass of `kind`, `ADDED_SETTINGS` aside, or, with
+    Raises TypeError if the fields are not exactly those of a dataclass of `kind`, `ADDED_SETTINGS` aside, or, with
     the dotted name of the field, where a value is not of its field's type.
 
     name: dotted name of the field that has the value, for messages; "" for a whole config.

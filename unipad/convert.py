@@ -1,9 +1,11 @@
-"""Convert checkpoints of UniPAD and ImageNet ConvNeXts to this project's ("ours"), and ours to UniPAD's.
+"""Convert checkpoints of UniPAD and ImageNet ConvNeXts to this project's ("ours"), and ours to UniPAD's, or their
+encoders for other projects.
 
     python -m unipad.convert epoch_12.pth camera.pt                    # UniPAD's own: any released config
     python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ImageNet's ConvNeXt, for a camera encoder
     python -m unipad.convert outputs/train-lidar/<time> lidar.pth      # ours, for UniPAD's mmdet3d
     python -m unipad.convert --merge CAMERA LIDAR fusion.pt            # both encoders, to initialize fusion
+    python -m unipad.convert RUN encoder.pth --to mmdet3d              # the encoder, for another project's networks
 
 Use the result with `train.py --init`, `finetune.py --pretrained` or, if it is a whole detector, `eval.py`. Files are
 read as data: nothing in them is executed. ConvNeXts may be the official ones, timm's (`pytorch_model.bin`),
@@ -12,6 +14,9 @@ torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as the rel
 All weights must match one to one, unless --no-strict. Two kinds of UniPAD's weights are dropped, and restored on the
 way back: mmdet3d's `code_weights` of boxes, which are a setting here, and norms of stages that the FPN never reads.
 ImageNet classifiers and optimizer states are dropped for good.
+
+With --to, RUN may also be a checkpoint of UniPAD. What has no counterpart in the other project, or here, is listed
+(`unipad.export`), with the lines of a config that fit. OUT is in the format of safetensors if its name ends so.
 """
 
 import re
@@ -23,7 +28,15 @@ from typing import Literal
 import torch
 import tyro
 
-from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, recipe_of, tensor_fault, write_checkpoint
+from unipad.checkpoint import (
+    find_checkpoint,
+    part_of,
+    read_checkpoint,
+    recipe_of,
+    tensor_fault,
+    write_checkpoint,
+    write_safetensors,
+)
 from unipad.config import (
     CONVNEXT,
     Detect,
@@ -37,6 +50,7 @@ from unipad.config import (
 from unipad.config_dict import to_dict
 from unipad.errors import UserError, check_choices
 from unipad.exit import exit_on_user_error
+from unipad.export import PROJECTS, export
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.occupancy import OccupancyModel
@@ -88,7 +102,7 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
 
     Raises `UserError` for a file that is none of them.
     """
-    file = last_checkpoint(path) or path
+    file = find_checkpoint(path)
     saved = read_checkpoint(file)
     config = saved.get("config") if isinstance(saved, dict) else None
     if isinstance(config, dict) and "recipe" in config and isinstance(saved.get("model"), dict):
@@ -308,7 +322,9 @@ class Args:
     kind: Literal["auto", "unipad", "convnext", "ours"] = "auto"  # what SOURCE is
     merge: bool = False  # merge the encoders of two checkpoints, ours or UniPAD's: CAMERA LIDAR OUT
     preset: str | None = None  # UniPAD: the recipe that SOURCE belongs to (default: the one that fits)
-    spconv: Literal[1, 2] = 1  # ours: layout of the weights of sparse convolutions in OUT
+    # ours: write only the encoder, for this project; OUT ends with .safetensors for that format, else it is PyTorch's
+    to: Literal["mmdet3d", "openpcdet", "pointcept"] | None = None
+    spconv: Literal[1, 2] | None = None  # ours, for UniPAD: layout of sparse convolutions' weights in OUT (default: 1)
     strict: bool = True  # refuse a file unless all weights match
     overwrite: bool = False  # replace OUT if it exists
 
@@ -327,37 +343,60 @@ def main(args: Args):
         raise UserError(
             f"--preset {args.preset} has no effect with --merge, whose sources have their own; leave it out."
         )
-    if args.merge:
-        result, report = merge(*(_as_ours(path, args) for path in sources))
+    if args.to and (args.merge or args.spconv):
+        raise UserError(f"--to {args.to} has layouts of its own, of one encoder: leave --merge and --spconv out.")
+    if out.suffix == ".safetensors" and not args.to:
+        raise UserError(f"{out} would have no config, which this project reads: end its name with .pt, or use --to.")
+    write = write_checkpoint
+    if args.to:
+        saved = _as_ours(sources[0], args)
+        weights, text = export(saved["model"], saved_recipe(saved), args.to, sources[0])
+        print(text)
+        result = {PROJECTS[args.to].wrapper: weights}
+        if out.suffix == ".safetensors":
+            result, write = weights, write_safetensors
     else:
-        state, kind, saved = read_weights(sources[0])
-        if args.kind not in ("auto", kind):
-            raise UserError(f"--kind {args.kind}: {sources[0]} is of kind {kind}; leave the flag out.")
-        if kind == "unipad":
-            result, report = convert_unipad(state, args.preset)
-        elif kind == "convnext":
-            result, report = convert_convnext(state)
-        else:
-            result, report = convert_ours(saved, args.spconv)
-    print(report)
-    _refuse_faults(report, sources[0], args)
+        result, report = _convert(sources, args)
+        print(report)
+        _refuse_faults(report, sources[0], args)
+        weights = report.taken
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(result, out)
-    millions = sum(w.numel() for w in report.taken.values()) / 1e6
-    print(f"{out}: {millions:.2f} M weights")
+    write(result, out)
+    print(f"{out}: {sum(w.numel() for w in weights.values()) / 1e6:.2f} M weights")
+
+
+def _convert(sources, args):
+    """(checkpoint, `Report`) of a conversion to ours or UniPAD's."""
+    if args.merge:
+        return merge(*(_as_ours(path, args) for path in sources))
+    state, kind, saved = _read(sources[0], args)
+    if kind == "unipad":
+        return convert_unipad(state, args.preset)
+    if kind == "convnext":
+        return convert_convnext(state)
+    return convert_ours(saved, args.spconv or 1)
+
+
+def _read(path, args):
+    """What `read_weights` returns. Raises `UserError` if it is not of the kind `args.kind`."""
+    state, kind, saved = read_weights(path)
+    if args.kind not in ("auto", kind):
+        raise UserError(f"--kind {args.kind}: {path} is of kind {kind}; leave the flag out.")
+    return state, kind, saved
 
 
 def _as_ours(path, args):
     """The checkpoint at `path`, ours or the original's, as one of ours. Raises `UserError` if it does not fit."""
-    state, kind, saved = read_weights(path)
+    state, kind, saved = _read(path, args)
     if kind == "convnext":
-        raise UserError(f"--merge {path} is an ImageNet ConvNeXt; give trained encoders.")
+        flag = "--merge" if args.merge else f"--to {args.to}"
+        raise UserError(f"{flag} {path} is an ImageNet ConvNeXt; give trained encoders.")
     if kind == "ours":
         report = Report()
         _compare(state, _targets(saved_recipe(saved)), report)
         saved = {**saved, "model": report.taken}
     else:
-        saved, report = convert_unipad(state)
+        saved, report = convert_unipad(state, args.preset)
     if report.faults:
         print(report)
     _refuse_faults(report, path, args)

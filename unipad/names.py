@@ -1,7 +1,8 @@
 """Names and layouts of weights in other projects and in ours.
 
 One table is for checkpoints of the original UniPAD code, with sparse convolutions of spconv 1 or 2, and is read in both
-directions; one is for ImageNet weights of ConvNeXt from four libraries, and is only read towards ours.
+directions; one is for ImageNet weights of ConvNeXt from four libraries, and is only read towards ours; those of
+`PROJECTS` are for encoders in other projects, and are only read from ours.
 """
 
 import re
@@ -83,6 +84,37 @@ IMAGENET = [
     ("stages.*.*.", "stages.*.*."),
 ]
 
+# Encoders as parts of a detector or segmentor of other projects; weights without a row have no counterpart there.
+ENCODER, STAGE = "encoder.lidar.encoder.", "encoder.lidar.encoder.encoder_layers.encoder_layer"
+# mmdet3d 1.4 with mmpretrain's ConvNeXt and mmdet's FPN
+MMDET3D = [
+    ("img_backbone.stages.*.*.depthwise_conv.", "encoder.camera.backbone.stages.*.*.dwconv."),
+    ("img_backbone.stages.*.*.pointwise_conv1.", "encoder.camera.backbone.stages.*.*.pwconv1."),
+    ("img_backbone.stages.*.*.pointwise_conv2.", "encoder.camera.backbone.stages.*.*.pwconv2."),
+    ("img_backbone.", "encoder.camera.backbone."),
+    ("img_neck.lateral_convs.*.conv.", "encoder.camera.neck.lateral_convs.*."),
+    ("img_neck.fpn_convs.*.conv.", "encoder.camera.neck.fpn_convs.*."),
+    ("pts_middle_encoder.conv_input.", ENCODER + "conv_input.", "sparse"),
+    ("pts_middle_encoder.encoder_layers.", ENCODER + "encoder_layers.", "sparse"),
+]
+# VoxelResBackBone8x of OpenPCDet 0.6. The strided convolution between two stages is the first of the later stage's
+# three modules; here, it is the last of the earlier stage's.
+OPENPCDET = [
+    ("backbone_3d.conv_input.", ENCODER + "conv_input.", "sparse"),
+    *[(f"backbone_3d.conv1.{i}.", f"{STAGE}1.{i}.", "sparse") for i in range(2)],
+    *[
+        (f"backbone_3d.conv{stage}.{i}.", f"{STAGE}{stage}.{i - 1}." if i else f"{STAGE}{stage - 1}.2.", "sparse")
+        for stage in (2, 3, 4)
+        for i in range(3)
+    ],
+]
+# SpUNet-v1m1 of Pointcept 1.7, whose voxel coordinates, and so the axes of its kernels, are x, y, z
+POINTCEPT = [("backbone.", ENCODER, "sparse_xyz")]
+# Table, and the version of spconv whose layout weights get. mmcv's own sparse convolutions, which mmdet3d uses without
+# spconv 2, have that of spconv 1. With spconv 2, mmdet3d permutes the weights of a file that does not have the module
+# versions which `state_dict()` records (write_spconv2.py, `_load_from_state_dict`): so one layout fits both.
+PROJECTS = {"mmdet3d": (MMDET3D, 1), "openpcdet": (OPENPCDET, 2), "pointcept": (POINTCEPT, 2)}
+
 
 def from_original(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights of the original, converted to our names and layouts.
@@ -100,6 +132,15 @@ def to_original(state: dict[str, torch.Tensor], spconv: int = 1) -> tuple[dict[s
     # reference points are a linear layer, which has a bias, in the head without denoising, else an embedding
     unused = DENOISING_REFERENCES if "head.reference_points.bias" in state else PLAIN_REFERENCES
     return _renamed(state, [row for row in UNIPAD if row is not unused], OURS, THEIRS, spconv)
+
+
+def to_project(state: dict[str, torch.Tensor], project: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights of ours in the names and layouts of `project`, a key of `PROJECTS`.
+
+    Returns (tensors by key, our names without a counterpart there).
+    """
+    rows, spconv = PROJECTS[project]
+    return _renamed(state, rows, OURS, THEIRS, spconv)
 
 
 def from_imagenet(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -159,6 +200,11 @@ def _sparse(weight, to_ours, spconv):
     return weight.reshape(out, channels).t().reshape(weight.shape)
 
 
+def _sparse_xyz(weight, to_ours, spconv):
+    """From here to networks whose kernels are (x, y, z)."""
+    return _sparse(weight.transpose(1, 3).contiguous() if weight.dim() == 5 else weight, to_ours, spconv)
+
+
 def _slices(weight, to_ours, _):
     """3D convolutions, also transposed ones, whose kernel has size 1 in z are 2D convolutions here."""
     if to_ours:
@@ -168,6 +214,7 @@ def _slices(weight, to_ours, _):
 
 LAYOUTS = {
     "sparse": _sparse,
+    "sparse_xyz": _sparse_xyz,
     "slices_2d": _slices,
     # 1 x 1 convolutions of other libraries are linear layers here
     "matrix": lambda weight, *_: weight.flatten(1) if weight.dim() > 1 else weight,

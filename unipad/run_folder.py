@@ -121,7 +121,7 @@ def _locked(path):
                 lock.seek(0)
                 raise UserError(
                     f"{path} is in use by another program ({lock.read(200).strip() or 'which has just started'}): wait "
-                    "for its end, or choose another folder with --out."
+                    "until it ends, or choose another folder with --out."
                 ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -199,7 +199,7 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         gpus = torch.cuda.device_count()
         if device.index >= gpus:
-            raise UserError(f"{device} does not exist, there are {gpus} GPUs; choose another one or fewer processes.")
+            raise UserError(f"{device} does not exist: there are {gpus} GPUs; choose another one or fewer processes.")
         torch.cuda.set_device(device)
         # cuDNN times its algorithms at the first convolution of each shape. Images are padded to one size and volumes
         # have the size of the grid, so steps repeat a few shapes. Where images vary in size, each size is timed once.

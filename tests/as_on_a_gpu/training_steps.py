@@ -26,8 +26,7 @@ from unipad.runtime import generators, mixed_precision
 
 # Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient (in the L2 norm). On the
 # simulated GPU, batch norm is PyTorch's, whose error on a CPU is 1e-5 of the largest entry for channels-last tensors
-# (docs/log.md); for CPU tensors, `SyncedBatchNorm` uses its own formulas, which are more accurate. The
-# bound of fine-tuning for occupancy is wider than its error, 5.5e-3, whose source was not traced.
+# (docs/log.md); for CPU tensors, `SyncedBatchNorm` uses its own formulas, which are more accurate.
 CASES = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "images": (PRETRAIN["camera"]["images-tiny"], 2e-5, 5e-3),
@@ -36,8 +35,13 @@ CASES = {
     "camera with features": (PRETRAIN["camera"]["features-tiny"], 2e-5, 5e-3),
     "occupancy": (PRETRAIN["lidar"]["tiny-occupancy"], 1e-5, 2e-4),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
-    "fine-tuning for occupancy": (OCCUPANCY["lidar"]["tiny"], 1e-5, 1e-2),
+    "fine-tuning for occupancy": (OCCUPANCY["lidar"]["tiny"], 1e-5, 2e-4),
 }
+# Seeds of the weights, where not 0. Where a ReLU's input is no larger than rounding errors, one device may pass its
+# gradient on and the other not: with seed 0, one of 49,152 inputs in the LiDAR encoder's neck is -5e-7 in fp64, and the
+# gradients before it differ by up to 5.5e-3. So it is, by 1e-3 to 1.5e-2, with six of the seeds 0 to 8; with the others
+# the largest error is 3e-5.
+SEEDS = {"fine-tuning for occupancy": 4}
 # followed by batch norm: their gradients are rounding errors
 ZERO_GRADIENT = "project.0.bias", "head.project.0.bias", "encoder.fuse.0.bias"
 SMALL_GRID = replace(TINY_GRID, low=(-10.0, -10.0, -3.0), high=(10.0, 10.0, 9.0))  # 16 x 16 x 6 voxels
@@ -50,7 +54,7 @@ def small(recipe):
         return replace(recipe, occupancy=replace(recipe.occupancy, max_voxels=500))
     return replace(
         recipe,
-        rays=replace(recipe.rays, per_view=9 if recipe.rays.strategy == "patch" else 6, lidar_per_view=4),
+        rays=replace(recipe.rays, per_view=6, lidar_per_view=4),
         render=replace(recipe.render, samples=16, importance=8, search=16),
     )
 
@@ -88,7 +92,7 @@ def test_a_step_matches_the_cpu(name, request):
     dataset = dataset.with_points_beyond() if recipe.reads_points_beyond else dataset
     dataset = dataset.with_occupancy() if for_occupancy else dataset
     batch, _ = next(step_batches(dataset, 1))
-    torch.manual_seed(0)
+    torch.manual_seed(SEEDS.get(name, 0))
     net = (OccupancyModel if for_occupancy else Pretrain)(recipe)
     with launches() as cpu_launches:
         expected, expected_gradients = step(net, batch, "cpu")

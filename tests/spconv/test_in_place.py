@@ -87,12 +87,31 @@ def test_in_inference_mode_indices_are_copied():
         assert torch.equal(x.indices, given)
 
 
+def test_sums_of_modified_voxels():
+    x = tensor()
+    y = x.replace_feature(2 * x.features)
+    mirror(x)
+    assert_same(x + y, fresh(x) + fresh(y))
+    assert_same(spconv.JoinTable()([x, y]), spconv.JoinTable()([fresh(x), fresh(y)]))
+    assert_same(spconv.functional.sparse_add(x, y), spconv.functional.sparse_add(fresh(x), fresh(y)))
+
+
+def test_voxels_may_leave_the_grid_before_it_is_enlarged():
+    x, conv = tensor(), spconv.SubMConv3d(4, 4, 3)
+    conv(x)
+    x.indices[:, 1:] *= 2
+    y = x.replace_feature(x.features)
+    y.spatial_shape = [2 * size for size in y.spatial_shape]
+    assert_same(conv(y), conv(fresh(y)))
+
+
 def test_a_modified_grid_counts():
     x, conv = tensor(), spconv.SparseConv3d(4, 4, 3, 2)
     conv(x)
     x.spatial_shape[0] += 4
     assert x.spatial_shape == [9, 8, 7] and conv(x).spatial_shape == [4, 3, 3]
     assert_same(conv(x), conv(fresh(x)))
+    assert_same(conv(x.replace_feature(x.features)), conv(x))
     y = conv(x)
     y.spatial_shape[1] = 30
     assert y.dense().shape == (3, 4, 4, 30, 3) and conv(x).spatial_shape == [4, 3, 3]

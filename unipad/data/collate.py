@@ -67,8 +67,8 @@ def _check_lags(sample):
     for points in (sample.points, sample.points_beyond):
         if points is not None and not (known := np.isin(points[:, 4], lags)).all():
             raise DataError(
-                f"{sample.token} has points of the time lag {points[~known][0, 4]}, which is not in "
-                "Sample.sweep_origins: give both exactly the same."
+                f"{sample.token} has points with the time lag {points[~known][0, 4]}, which is not in "
+                "Sample.sweep_origins: both must be exactly equal."
             )
 
 

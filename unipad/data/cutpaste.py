@@ -8,8 +8,8 @@ As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
     pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are pasted again in
               the same order, so that near objects cover far ones; in images of camera sweeps, around the box moved by
               its velocity to the time of the image
-Unlike in the original: an object has a picture of its own for each camera that it was visible in, where the original
-has one for all cameras; of overlapping objects the one sampled first is pasted, in the original the last one.
+Unlike in the original, an object has a separate picture for each camera that it was visible in (in the original, one
+for all cameras), and of overlapping objects the one sampled first is pasted (in the original, the last one).
 """
 
 import hashlib

@@ -231,7 +231,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         If no loss of the recipe reads pixels, the training set is `without_pixels`; the pictures of a validation show
         images, so its set has them. `data.feature_channels` of both is the number found, where the recipe's is 0.
 
-        Raises `DataError` where a camera encoder has no images, and what the constructor and `train_val_splits` raise.
+        Raises `DataError` if a camera encoder has no images, and what the constructor and `train_val_splits` raise.
         """
         train, val = cls.train_val_splits(root, version)
         settings = {"label_fraction": label_fraction, "augment": recipe.augment}

@@ -3,7 +3,7 @@
     FOLDER/samples/CAM_FRONT/NAME.npy    features of DATA_ROOT/samples/CAM_FRONT/NAME.jpg
 
 A file has one array [h, w, F] of float16 or float32: the features of h x w squares that cover the image, such as the
-patches of a vision transformer; its name does not matter in an .npz. All files have the same F. docs/data.md has a
+patches of a vision transformer. In an .npz, the array may have any name. All files have the same F. docs/data.md has a
 script that writes them.
 """
 
@@ -39,20 +39,20 @@ def read_features(folder: Path, image: str, size: tuple[int, int], channels: int
         raise BadFrame(paths[0], "is missing")
     arrays = _arrays(path)
     if len(arrays) != 1:
-        raise BadFrame(path, f"has {len(arrays)} arrays ({', '.join(arrays)}): keep only that of the features")
+        raise BadFrame(path, f"has {len(arrays)} arrays ({', '.join(arrays)}): keep only the one with the features")
     (features,) = arrays.values()
     if features.dtype not in (np.float16, np.float32):
         raise BadFrame(path, f"has values of type {features.dtype}: write float16 or float32")
     if features.ndim != 3 or not features.size or not _covers(features.shape, size):
         shape, image_shape = (" x ".join(map(str, s)) for s in (features.shape, size))
         raise BadFrame(
-            path, f"has the shape {shape}: write [h, w, channels], of squares that cover the {image_shape} image"
+            path, f"has the shape {shape}: write [h, w, channels], for squares that cover the {image_shape} image"
         )
     if channels and features.shape[2] != channels:
         raise BadFrame(
             path,
-            f"has {features.shape[2]} channels, not {channels}, as others or --data.feature-channels: write all files "
-            "with one model; --data.feature-channels 0 counts theirs",
+            f"has {features.shape[2]} channels, but other files or --data.feature-channels have {channels}: write all "
+            "files with one model; --data.feature-channels 0 takes the number from the files",
         )
     if not np.isfinite(features).all():
         raise BadFrame(path, "has values that are not finite: write it again, without NaN")

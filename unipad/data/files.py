@@ -48,7 +48,7 @@ def decode_image(path, data):
     except cv2.error:
         image = None
     if image is None:
-        raise BadFrame(path, "is damaged, or of a format that OpenCV cannot read")
+        raise BadFrame(path, "is damaged, or in a format that OpenCV cannot read")
     return image
 
 
@@ -64,7 +64,7 @@ def read_points(path):
         raise BadFrame(path, "has only zeros as coordinates")
     farthest, strongest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
     if farthest > MAX_DISTANCE or strongest > MAX_INTENSITY:
-        raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {strongest:.3g}: the file is damaged")
+        raise BadFrame(path, f"has a point {farthest:.3g} m away, or an intensity of {strongest:.3g}: it is damaged")
     return points
 
 

@@ -90,7 +90,7 @@ class SourceFrames:
 
 @dataclass(frozen=True)
 class OccupancyIndex:
-    """What occupancy needs of each keyframe besides the `Index`: a separate index, since only this task needs it.
+    """What occupancy needs of each keyframe beyond the `Index`: a separate index, since only this task needs it.
 
     F keyframes in the order of the `Index`. The ego frame is that of the keyframe's LiDAR at its own timestamp.
     """
@@ -156,7 +156,7 @@ def _check_motion(nusc, lidar, lidar2global, times, prev):
 def _check_gap(nusc, record, gap):
     """Raise `DataError` unless `gap`, the microseconds since a record's `prev`, is from 0 to `MAX_GAP`."""
     if not 0 <= gap <= MAX_GAP:
-        raise _row_error(nusc, "sample_data", record, f"its time is {1e-6 * gap:.0f} s after that of its prev")
+        raise _row_error(nusc, "sample_data", record, f"its timestamp is {1e-6 * gap:.0f} s after that of its prev")
 
 
 def _boxes(nusc, samples, lidar2global):

@@ -293,7 +293,7 @@ class NuScenesDataset(DrivingDataset):
             raise BadFrame(path, f"has {len(labels)} labels for {count} points of {lidar}: one of them is damaged")
         classes = self.index.lidarseg_classes[labels]
         if (unknown := classes == NO_CATEGORY).any():
-            raise BadFrame(path, f"has label {labels[unknown][0]}, which is the index of no category")
+            raise BadFrame(path, f"has label {labels[unknown][0]}, which is not the index of any category")
         return classes
 
     def _read_image(self, name, height, width):

@@ -2,7 +2,7 @@
 
     semantics    [200, 200, 16] uint8 class 0 to 17, see `unipad.batch.OCCUPANCY_CLASSES`
     mask_lidar   the same shape, 1: a LiDAR ray of the scene has passed through the voxel, or ended in it
-    mask_camera  1: besides, a camera of this keyframe sees it
+    mask_camera  the same shape, 1: in addition, a camera of this keyframe sees the voxel
 
 Axes are x, y and z of the ego frame. Labels of other benchmarks on nuScenes have other grids, classes or arrays, and
 are refused.
@@ -28,9 +28,9 @@ def read_occupancy(path: Path) -> np.ndarray:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
         if missing := [name for name in ARRAYS if name not in members]:
-            raise BadFrame(path, f"has no array {missing[0]}: these are no labels of Occ3D-nuScenes")
+            raise BadFrame(path, f"has no array {missing[0]}: these are not labels of Occ3D-nuScenes")
         if max(members[name] for name in ARRAYS) > MAX_BYTES:
-            raise BadFrame(path, f"has arrays of more than {shape} voxels, Occ3D-nuScenes' grid: other labels")
+            raise BadFrame(path, f"has arrays of more than {shape} voxels, which is the grid of Occ3D-nuScenes")
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in ARRAYS]
     except FileNotFoundError:

@@ -92,13 +92,13 @@ def _check_references(tables, folder):
             known = tokens[target] | ({""} if target == name else set())  # prev and next: "" at the ends of a chain
             for number, row in enumerate(getattr(tables, name)):
                 if row[field] not in known:
-                    raise row_error(folder, name, number, f"{field} {row[field]} is in no row of {target}.json")
+                    raise row_error(folder, name, number, f"{field} {row[field]} is not in any row of {target}.json")
     # The devkit looks up the map of every log
     mapped = {token for row in tables.map for token in row["log_tokens"]}
     for number, row in enumerate(tables.log):
         if row["token"] not in mapped:
             raise row_error(
-                folder, "log", number, f"its token {row['token']} is in the log_tokens of no row of map.json"
+                folder, "log", number, f"its token {row['token']} is not in the log_tokens of any row of map.json"
             )
 
 

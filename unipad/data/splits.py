@@ -80,7 +80,7 @@ def check_scenes(file: Path, custom: dict[str, list[str]], others: dict[str, lis
     """
     for name, scenes in custom.items():
         if unknown := [scene for scene in scenes if scene not in known]:
-            raise DataError(f"{file} has the scene {unknown[0]} in its split {name}, but scene.json has not.")
+            raise DataError(f"{file} has the scene {unknown[0]} in its split {name}, but scene.json does not.")
     trained, validated = (
         {scene: name for name, scenes in (others | custom).items() if _purpose(name) == purpose for scene in scenes}
         for purpose in ("train", "val")

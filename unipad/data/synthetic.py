@@ -5,9 +5,9 @@
     python -m unipad.data.synthetic --out data/sweeps --camera-sweeps 2       # images between the keyframes too
     python -m unipad.data.synthetic --out data/voxels --occupancy             # occupancy labels, in Occ3D's format
 
-Up to 10 scenes have the version and scene names of nuScenes mini, so that every tool knows their splits; more have the
-version `city` and a splits.json of their own. The vehicle and location of the logs, the descriptions of the scenes and
-a README.txt in the root say that the data is synthetic. unipad/data/city/ computes what is written.
+A city of up to 10 scenes has the version and scene names of nuScenes mini, so that every tool knows its splits; a
+larger one has the version `city` and a splits.json of its own. The vehicle and location of the logs, the descriptions
+of the scenes and a README.txt in the root say that the data is synthetic. unipad/data/city/ computes what is written.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Free and full cells of the volume from above: as LiDAR rays carve them, and as predicted."""
+"""Pictures of the free and full cells of the volume from above: as carved by LiDAR rays, and as predicted."""
 
 import matplotlib
 import numpy as np

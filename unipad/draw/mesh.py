@@ -15,7 +15,7 @@ CHUNK = 2**18  # points per evaluation of the SDF, but at least one slice of equ
 
 
 def check_mesh(grid: Grid, cell: float):
-    """Raises `UserError` where a mesh sampled every `cell` meters cannot be made."""
+    """Raises `UserError` if a mesh sampled every `cell` meters cannot be made."""
     most = min(h - l for l, h in zip(grid.low, grid.high, strict=True)) / 2
     if cell > most:
         raise UserError(

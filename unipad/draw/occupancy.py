@@ -1,4 +1,4 @@
-"""Pictures of voxels in the colors of their classes: from above, and as rays through pixels of the cameras hit them.
+"""Pictures of voxels in the colors of their classes: from above, and as seen through the pixels of the cameras.
 
 Ground truth is on top.
 """
@@ -49,9 +49,9 @@ def highest(classes: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _from_above(axis, classes, seen, name):
-    """The view from above, ahead at the top, with the `name` of the row."""
+    """The view from above, forward at the top, with the `name` of the row."""
     low, high = OCCUPANCY_LOW[0], OCCUPANCY_LOW[0] + OCCUPANCY_CELL * OCCUPANCY_SHAPE[0]
-    # rows of the picture: x, ahead, downwards; its columns: y, left, to the right; so both are turned around
+    # rows of the picture: x, forward, downwards; its columns: y, left, to the right; so both are turned around
     axis.imshow(highest(classes, seen)[::-1, ::-1], extent=(high, low, low, high))
     axis.set(xticks=[], yticks=[], facecolor="black")
     axis.plot(0, 0, "w+")

@@ -40,7 +40,7 @@ def rendered_views(
 
     generators: one per sample, for the masks of the encoder's input; None: no masking.
     stride:     pixels between rendered rays of a camera.
-    normals:    render surface normals too, as colors: red right, green ahead, blue up.
+    normals:    render surface normals too, as colors: red right, green forward, blue up.
     width:      of each camera's picture, in pixels; a single picture in a row is six times as wide.
     """
     was_training = model.training
@@ -208,7 +208,7 @@ def picture_of(figure: Figure) -> np.ndarray:
 def write_video(pictures: list[Path], file: Path, fps: float):
     """Join picture files into a GIF, or an MP4 with OpenCV, at `fps` frames per second.
 
-    Raises `UserError` where this OpenCV cannot write MP4, or the disk has no room for the whole MP4.
+    Raises `UserError` if this OpenCV cannot write MP4, or the disk has no room for the whole MP4.
     """
     first = Image.open(pictures[0]).convert("RGB")
     if file.suffix == ".gif":

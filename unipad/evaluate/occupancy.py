@@ -3,8 +3,8 @@
     <folder>/occupancy/<sample token>.npz        arr_0: [200, 200, 16] uint8 class 0 to 17
 
 mIoU is that of the benchmark (CVPR 2023 challenge): IoUs from one confusion matrix of all voxels that the cameras of
-their keyframe see, and the mean over the classes but free. A class that occurs neither in the labels nor in predictions
-has no IoU, and the mean leaves it out; one that is only predicted has IoU 0.
+their keyframe see, and the mean over all classes except free. A class that occurs neither in the labels nor in
+predictions has no IoU, and the mean leaves it out; one that is only predicted has IoU 0.
 """
 
 import json
@@ -97,8 +97,8 @@ def count(classes: torch.Tensor, labels: torch.Tensor, origins: np.ndarray | Non
     return Counts(pairs.view(n, n).cpu().numpy(), rays)
 
 
-def summarize(counts, folder: Path) -> dict:
-    """The metrics of frames' `Counts`, also written to `occupancy_summary.json` in `folder`.
+def summarize(counts, folder: Path | None = None) -> dict:
+    """The metrics of frames' `Counts`, also written to `occupancy_summary.json` in `folder`, if given.
 
     Returns miou and iou in [0, 1], iou_per_class: class -> value; with rays also rayiou, the mean over thresholds and
     classes, rayiou_per_threshold, and rayiou_per_class: class -> value of each threshold. NaN, and
@@ -122,8 +122,9 @@ def summarize(counts, folder: Path) -> dict:
             "rayiou_per_threshold": {f"{most:g} m": mean(row) for most, row in zip(THRESHOLDS, of_rays, strict=True)},
             "rayiou_per_class": dict(zip(names, of_rays.T.tolist(), strict=True)),
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "occupancy_summary.json").write_text(json.dumps(_with_null(summary), indent=2) + "\n")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "occupancy_summary.json").write_text(json.dumps(_with_null(summary), indent=2) + "\n")
     return summary
 
 

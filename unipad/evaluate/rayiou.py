@@ -1,14 +1,14 @@
-"""RayIoU of SparseOcc (arXiv 2312.17118): IoU of what rays hit first, with its rays, its origins and its thresholds.
+"""RayIoU of SparseOcc (arXiv 2312.17118): IoU of what rays hit first, with SparseOcc's rays, origins and thresholds.
 
     RayIoU of class c at a threshold = TP / (true + predicted - TP)        true, predicted: rays that hit class c
                                                                            TP: those of both, at distances that differ
                                                                            by less than the threshold
-Rays count whose true hit is not free. A distance ends where the ray leaves the full voxel that it hits or, without one,
-the grid; a ray without a hit has the class free.
+Only rays whose true hit is not free count. A distance is measured to where the ray leaves the full voxel that it hits
+or, if it hits none, the grid; a ray without a hit has the class free.
 
-Two rare cases differ from SparseOcc's code. A ray that never enters the grid has the class of the grid's first voxel
-there, and is free here. A start less than a voxel below the grid along an axis (z = -1 m, say) is moved into the first
-voxel there; here the ray enters the grid where it meets it.
+Two rare cases differ from SparseOcc's code. There, a ray that never enters the grid has the class of the grid's first
+voxel; here it is free. There, an origin less than a voxel below the grid along an axis (z = -1 m, say) is moved into
+the first voxel; here the ray enters the grid where it meets it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Quality of renderings: PSNR of colors, errors of depths, distances of features; and of carved occupancy."""
+"""Quality of renderings (PSNR of colors, errors of depths, distances of features), and IoU of carved occupancy."""
 
 from collections.abc import Iterable
 
@@ -78,7 +78,7 @@ def evaluate_rendering(
             "depth_delta1": close / ray_count,
         }
     elif renders and model.recipe.data.sweeps:  # 0 sweeps: images only, as in training
-        raise UserError("none of these frames has a LiDAR point in view: use more frames.")
+        raise UserError("none of these frames has a LiDAR point in view: evaluate more frames.")
     if model.carving is not None:
         right_full, *wrong, right_free = cells
         metrics |= {

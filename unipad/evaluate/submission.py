@@ -1,7 +1,7 @@
 """Detections -> `results_nusc.json` in nuScenes' format, scored by the unmodified devkit.
 
-The devkit fails on boxes with numbers that are not finite or without a size: they are not written. It also fails on a
-file without a single box (an untrained model's): here such a file gets mAP and NDS 0 and all errors 1.
+The devkit fails on boxes without a size or with numbers that are not finite, so these are not written. It also fails on
+a file without any box (from an untrained model): here such a file gets mAP and NDS 0 and all errors 1.
 """
 
 import json
@@ -86,7 +86,7 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` next to `file`.
 
     root: the dataset's folder, from `unipad.data.tables.find_root`. On the full nuScenes this takes half a minute and
-    several GB of memory. Raises `UserError` where the devkit fails.
+    several GB of memory. Raises `UserError` if the devkit fails.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes

@@ -3,12 +3,12 @@
 Masked patches of 32 x 32 pixels contribute nothing to the backbone's features, as if its convolutions were sparse.
 Only its 7x7 convolutions mix neighboring patches (the strided ones have kernels as large as their strides), so it is
 enough that their input, the residual stream, is zero in masked patches: the mask multiplies the outputs of the stem, of
-every downsampling, of every residual branch and of the norms after the stages (norms have a bias), nothing else. FPN
-and depth head have no mask and fill masked patches from their neighbors.
+every downsampling, of every residual branch and of the norms after the stages (norms have a bias), and nothing else.
+The FPN and the depth head have no mask, and fill masked patches from their neighbors.
 
-The images' padding is encoded as in the original, but passes no gradient back: before training its features are all 0
-(so are the biases), so every LayerNorm multiplies gradients there by up to 1 / sqrt(1e-6) = 1000; the gradient norm of
-an untrained model was 4e9 instead of 50 (docs/log.md).
+The padding of images is encoded as in the original, but passes no gradient back. Before training, its features and the
+biases are all 0, so every LayerNorm multiplies gradients there by up to 1 / sqrt(1e-6) = 1000; with them, the gradient
+norm of an untrained model was 4e9 instead of 50 (docs/log.md).
 
 Module and parameter names are those of the official ConvNeXt, of mmdet's FPN without `.conv.`, and of the original for
 `input_proj` and `depth_net`.

@@ -1,17 +1,18 @@
-"""The loss `occupancy`: which cells of the volume are full, as LiDAR rays carve them.
+"""The loss `occupancy`: which cells of the volume are free and which are full, as carved by LiDAR rays.
 
-    target   every LiDAR point of the keyframe and its sweeps ends a ray from where the LiDAR was then: the cells that
-             the ray crosses are free, its last one is full, cells without a ray are unknown (`kernels/carve.py`)
-    motion   in each cell, the latest window of `occupancy_window` seconds with a ray decides; in a window, full beats
-             free. So an object that moves on hardly leaves a trail: newer rays cross where its older points are. One
+    target   a ray ends in every LiDAR point of the keyframe and its sweeps, and starts where the LiDAR was then: cells
+             that the ray crosses are free, its last cell is full, cells without a ray are unknown (`kernels/carve.py`)
+    motion   in each cell, the latest window of `occupancy_window` seconds with a ray decides; within a window, full
+             beats free. So a moving object leaves almost no trail: newer rays cross the cells of its older points. One
              window for all sweeps would leave trails; windows of one sweep would free cells of static surfaces, where
              new rays pass over what an older sweep has hit (`python -m benchmarks.carve_windows`).
-    logits   one linear layer on the features that rays are cast through, a 1 x 1 x 1 convolution
-    loss     binary cross entropy, of half the weight on a sample's full cells, half on its free ones
+    logits   one linear layer, a 1 x 1 x 1 convolution, on the features that rays are cast through
+    loss     binary cross-entropy, with half of the weight on a sample's full cells and half on its free ones
 
-The encoder sees masked points or images; the target is made of all points. Occupancy-MAE (arXiv 2206.09900) does so
-with masked voxels, UniScene (2305.18829) with cameras; there, cells without points are empty. Here these are unknown
-unless a ray crosses them, as in UnO (2406.08691) and ALSO (2212.05867), which learn free and full at points along rays.
+The encoder sees masked points or images; the target is made from all points. Occupancy-MAE (arXiv 2206.09900) does this
+with masked voxels, UniScene (2305.18829) with cameras; in both, cells without points are empty. Here such cells are
+unknown unless a ray crosses them, as in UnO (2406.08691) and ALSO (2212.05867), which learn free and full at points
+along rays.
 """
 
 import torch

@@ -6,8 +6,8 @@
 
 A reference point r is stored as logits: sigmoid(r) is 0 at the low end of the volume and 1 at the high end.
 
-A layer takes V(r) and dropout's masks as arguments, from `sample_volume` and `DecoderLayer.masks`: --compile compiles
-layers, and neither our kernels nor random generators.
+A layer takes V(r) and the masks of dropout as arguments, from `sample_volume` and `DecoderLayer.masks`, because
+--compile compiles layers, but neither this project's kernels nor random generators.
 """
 
 from collections.abc import Sequence

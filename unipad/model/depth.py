@@ -113,7 +113,7 @@ class DilatedConv(nn.Module):
 
 
 def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
-    """Binary cross entropy of each cell's depth bins; the target is 1 for the bin of the nearest LiDAR point seen in
+    """Binary cross-entropy of each cell's depth bins; the target is 1 for the bin of the nearest LiDAR point seen in
     the cell, else 0.
 
     depths: per level [B, N, h, w, D] probabilities, from `Encoder.encode`.

@@ -9,7 +9,7 @@ score             p, the probability of the class       sqrt(p * IoU), or p if t
 
 A position is a query's positional embedding, a reference the point of the volume that it reads (see decoder.py).
 
-Which classes rotated NMS applies to is the recipe's choice.
+The recipe decides which classes rotated NMS applies to.
 """
 
 import copy

@@ -54,14 +54,14 @@ class Field(nn.Module):
             gradient: [R, S, 3] d sdf / d point.
             rgb:      [R, S, 3] in [0, 1].
 
-        Differentiable once in `volume` and the parameters.
+        Differentiable once w.r.t. `volume` and the parameters.
         """
         feature, slope = trilinear(volume, self.cells(points), volume_idx)  # slope: d feature / d voxel coordinates
         mlps = self.sdf_decoder.tensors(), self.rgb_decoder.tensors()
         return decode(feature, slope, points, directions, mlps, self.cells_per_unit)
 
     def sdf(self, volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
-        """Only the signed distance, [R, S] at points [R, S, 3]; differentiable once in `volume` and the parameters."""
+        """The signed distance [R, S] at points [R, S, 3]; differentiable once w.r.t. `volume` and the parameters."""
         cells = self.cells(points)
         if torch.is_grad_enabled():
             feature, _ = trilinear(volume, cells, volume_idx)

@@ -14,7 +14,7 @@ from unipad.config import PretrainRecipe
 from unipad.model.carving import Carving
 from unipad.model.encoder import Encoder
 from unipad.model.photometric import sources_of
-from unipad.model.rays import Rays, choose_rays, lidar_points
+from unipad.model.rays import Rays, choose_rays, lidar_points, middle_rays
 from unipad.model.render import Renderer
 from unipad.model.volume import ConvNormReLU3d
 
@@ -59,13 +59,17 @@ class Pretrain(nn.Module):
     def _rendering_losses(self, volume, batch, generators):
         """What `forward` returns, without `occupancy`."""
         batch = batch.keyframe()  # the volume shows the keyframe: views of earlier frames do not match it
-        rays = choose_rays(batch, self.recipe.rays, generators)
+        rays = patches = choose_rays(batch, self.recipe.rays, generators)
+        if self.recipe.rays.strategy == "patch" and batch.images.shape[1]:
+            rays = middle_rays(patches, self.recipe.rays)
         shape = (len(rays) // len(batch), self.renderer.jitters)
         jitter = torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
         points = lidar_points(batch, self.recipe.rays) if self.recipe.render.points_weight > 0 else None
         rendered = self.renderer(volume, rays, jitter.flatten(0, 1), points)
-        sources = sources_of(batch, self.recipe.rays) if self.recipe.render.photometric_weight > 0 else None
-        return self.renderer.loss(rendered, rays, sources), 1 - rendered.hit.float().mean()
+        sought = None
+        if self.recipe.render.photometric_weight > 0:
+            sought = patches, sources_of(batch, self.recipe.rays)
+        return self.renderer.loss(rendered, rays, sought), 1 - rendered.hit.float().mean()
 
     def encode(self, batch: Batch, generators: Sequence[torch.Generator] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The volume [B, C, Z, Y, X] that rays are cast through, and what of each input is visible

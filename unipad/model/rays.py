@@ -1,7 +1,7 @@
 """Which rays are cast, and their targets: from the cameras or, where a batch has none, from the LiDAR.
 
 A candidate for a ray is (u, v, z): a pixel and its depth along the optical axis, 0 where no LiDAR point gives one.
-Choosing rays never waits for the GPU: candidates that must not be chosen get rank 0, they are not removed.
+Choosing rays never waits for the GPU: candidates that must not be chosen are not removed, but get rank 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,17 +45,17 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
     dilation: every `cfg.dilation`-th pixel of every `cfg.dilation`-th row, in random order.
-    patch:    squares of `cfg.patch` x `cfg.patch` pixels, `cfg.patch_step` apart, uniformly with replacement, below
-              `cfg.sky` and `cfg.patch_margin` away from borders; patch after patch, each row by row. Unlike the
-              others', these rays go through pixels' centers. In an image that is too small, patches are cut off: they
-              repeat its last pixels.
+    patch:    `per_view` squares of `cfg.patch` x `cfg.patch` pixels, `cfg.patch_step` apart, uniformly with
+              replacement, below `cfg.sky` and `cfg.patch_margin` away from borders; patch after patch, each row by row.
+              Unlike the others', these rays go through pixels' centers. In an image that is too small, patches are cut
+              off: they repeat its last pixels. `middle_rays` are those to render.
     With random, dilation and patch, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
 
     batch:      its `point_counts` are read on the host.
     generators: one per sample, on the batch's device. A sample's rays depend only on its own generator.
 
-    Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image; patch: those of
-    whole patches), sample after sample, view after view. In a view with fewer candidates, some rays are repeated.
+    Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image; patch: patch^2
+    times as many), sample after sample, view after view. In a view with fewer candidates, some rays are repeated.
     Without cameras: B * 6 * per_view rays from the LiDAR to points, as `lidar_rays`, whatever the strategy.
     Raises `UserError` for patches that fit into no image of the batch.
     """
@@ -89,12 +89,16 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
 
 
 def rays_per_sample(batch: Batch, cfg: RayChoice) -> int:
-    """Number of rays that `choose_rays` returns for each sample of a batch."""
+    """Number of rays that are rendered for each sample of a batch: of patches, the middle ones."""
     _, N, _, H, W = batch.images.shape
     if N and cfg.strategy == "dilation":
         return N * -(-H // cfg.dilation) * -(-W // cfg.dilation)
-    per_view = cfg.per_view // cfg.patch**2 * cfg.patch**2 if N and cfg.strategy == "patch" else cfg.per_view
-    return (N or len(CAMERAS)) * per_view  # without images, the LiDAR casts as many rays as six cameras
+    return (N or len(CAMERAS)) * cfg.per_view  # without images, the LiDAR casts as many rays as six cameras
+
+
+def middle_rays(patches: Rays, cfg: RayChoice) -> Rays:
+    """The middle ray of each patch that `choose_rays` has chosen by the strategy `patch`."""
+    return patches[cfg.patch**2 // 2 :: cfg.patch**2]
 
 
 def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence[torch.Generator]) -> Rays:
@@ -279,7 +283,7 @@ def _draw(candidates, rank, count, generator):
 def _patches(image_sizes, cfg, generator):
     """[N, K * patch^2, 2] u, v of the centers of the pixels of K random patches in each of N views."""
     P, device = cfg.patch, image_sizes.device
-    shape = len(image_sizes), cfg.per_view // P**2, 2
+    shape = len(image_sizes), cfg.per_view, 2
     size = image_sizes[:, None].flip(-1)  # [N, 1, 2] width, height
     # the first and the last place of a patch's corner; at least 0 in images that are too small
     last = size // cfg.patch_step * cfg.patch_step - cfg.patch_margin - cfg.patch_edge

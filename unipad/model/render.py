@@ -15,16 +15,16 @@ On a GPU, field, opacity and compositing of neus and volsdf are one fused op, `s
 unisurf, other fields, fp64 and CPUs run op by op.
 
 Features of any number of channels are rendered as `features = head(sum_s w_s f_s)`, with the C channels f_s of the
-volume at sample s and one linear layer, the head. Being linear, it gives what heads of all samples would give, plus its
-bias for what a ray lets through: the bias is the features of the background, such as the sky. Others decode before they
-sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample, RenderOcc (arXiv 2309.09502), without a background, to
-class scores in every voxel.
+volume at sample s and one linear layer, the head. Because the head is linear, this equals the sum of its outputs at all
+samples, plus its bias times what the ray lets through: the bias is the features of the background, such as the sky.
+Other methods decode before they sum: FeatureNeRF (arXiv 2303.12786) with an MLP at every sample; RenderOcc (arXiv
+2309.09502), without a background, to class scores in every voxel.
 
 A sample lies at the start of its interval. Rays, points, rendered depths and the settings `near` and `truncation` are
 in meters; all other lengths are scaled meters, meters * grid.scale.
 
-A ray that misses the volume renders black at depth 0 and does not count in any loss. A sample is one on a ray; a sample
-of the batch is called a batch sample.
+A ray that misses the volume renders black at depth 0 and does not count in any loss. "Sample" means a sample on a ray;
+a sample of the batch is called a batch sample.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ class Renderer(nn.Module):
             stop:   transmittance below which a ray ends early, in the fused op only: for pictures and metrics, not for
                     losses.
 
-        Without rays all tensors of rays are empty. Differentiable once in `volume` and the parameters.
+        Without rays all tensors of rays are empty. Differentiable once w.r.t. `volume` and the parameters.
 
         On a GPU neither this, `loss` nor their backward synchronizes with the host, so that a CUDA graph can capture
         them; only VolSDF's sampler does, see `volsdf_edges`. With deterministic algorithms, features are rendered by
@@ -164,7 +164,7 @@ class Renderer(nn.Module):
             rgb, depth, hit, weights, starts, sdf, gradient, points_sdf, of_volume, points_of_volume, features
         )
 
-    def loss(self, rendered: Rendered, rays: Rays, sources: Sources | None = None) -> dict[str, Tensor]:
+    def loss(self, rendered: Rendered, rays: Rays, patches: tuple[Rays, Sources] | None = None) -> dict[str, Tensor]:
         """The weighted terms whose weight in the config is above 0: name -> scalar.
 
         Each is a mean over what it applies to in a batch sample, then over batch samples (0 for one without any):
@@ -174,7 +174,8 @@ class Renderer(nn.Module):
             sdf         |start + sdf - d*| over samples within the truncation of d*
             eikonal     (|gradient| - 1)^2 over all samples
             points      |sdf| over the points given to `forward`
-            photometric `photometric_error` over the rays that it counts; needs `sources`
+            photometric `photometric_error` over the rays that it counts; needs `patches`, those around the rays, and
+                        where to look for them
             features    1 - cosine similarity over rays with features, or |f - f*| over these and all channels
         Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none,
         rays.features [R, F], 0 in all channels for none.
@@ -192,7 +193,7 @@ class Renderer(nn.Module):
             return ~before() & (starts <= target + truncation)
 
         def photometric():
-            error, counted = photometric_error(rendered.depth, rendered.hit, rays, sources)
+            error, counted = photometric_error(rendered.depth, rendered.hit, *patches)
             return _mean(error[:, None], hit_rays, counted[:, None])
 
         terms = {
@@ -210,7 +211,7 @@ class Renderer(nn.Module):
         }
         weights = {name: getattr(cfg, f"{name}_weight") for name in terms}
         assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
-        assert cfg.photometric_weight == 0 or sources is not None, "the loss `photometric` needs sources"
+        assert cfg.photometric_weight == 0 or patches is not None, "the loss `photometric` needs patches"
         with torch.autocast(sdf.device.type, enabled=False):
             return {name: weights[name] * term() for name, term in terms.items() if weights[name] > 0}
 

@@ -1,4 +1,4 @@
-"""Segmentation of LiDAR points: SpUNet, a linear head, cross entropy and the Lovász softmax.
+"""Segmentation of LiDAR points: SpUNet, a linear head, cross-entropy and the Lovász softmax.
 
     Lovász softmax (arXiv 1705.08790): the mean, over the classes c that occur, of sum_i e_i (J_i - J_{i-1})
 

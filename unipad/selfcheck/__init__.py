@@ -1,6 +1,6 @@
 """Compare every op with its PyTorch reference, mostly in fp64: `python -m unipad.selfcheck`.
 
-A case (for users: a check) is one op with given inputs, in one type.
+A case (called a check in the output) is one op with given inputs, in one dtype.
 
 cases.py        all cases; defines those of the ops of cameras, boxes, rays and the renderer
 lidar_cases.py  the cases of LiDAR: voxels and sparse convolutions

@@ -11,9 +11,9 @@ fit into the GPU's memory is skipped. Without a GPU, the references run at small
 An error is the largest absolute difference of an output or gradient from its true values, as a fraction of the largest
 true value. Its bound is twice the error of the reference in the check's dtype (fp32, tf32, bf16 or fp16), plus a slack.
 The true values are computed by the reference in fp64 from the inputs that the kernels read, which are rounded to that
-dtype. (For voxels and their neighbor tables, it computes in fp32, whose rounding decides a point's cell.) Integers and
-booleans must be equal. NaN and infinity always fail. A check named "..., bit-equal" runs the op twice under
-`torch.use_deterministic_algorithms(True)`; both results must also be equal to the bit.
+dtype. (For voxels and their neighbor tables, the reference computes in fp32, whose rounding decides a point's cell.)
+Integers and booleans must be equal. NaN and infinity always fail. A check named "..., bit-equal" runs the op twice
+under `torch.use_deterministic_algorithms(True)`; both results must also be equal in every bit.
 
 A faulting kernel can corrupt the GPU context of its process. So the checks run in a separate process, and after a crash
 the remaining ones continue in a new process.

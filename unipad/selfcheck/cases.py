@@ -1,7 +1,7 @@
 """The cases of the self-check: nearly all at a small size and at the size of a recipe.
 
-A function `_*_cases(size, recipe)` makes those of one size; recipe: whether it is that of a recipe. Its local functions
-make the inputs of an op: (device, dtype) -> arguments by name.
+A function `_*_cases(size, recipe)` makes the cases of one size; recipe: True if it is the size of a recipe. Its local
+functions make the inputs of an op: (device, dtype) -> arguments by name.
 """
 
 import math

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Error allowed besides twice that of the reference in the same type, as a fraction of the largest true value. tf32 has
-# the mantissa of fp16, but more slack: its reference computes in fp32, and tensor cores truncate operands instead of
-# rounding them (the renderer's kernels round them before), so that errors add up instead of averaging out.
+# Error allowed in addition to twice that of the reference in the same type, as a fraction of the largest true value.
+# tf32 has the mantissa of fp16, but more slack: its reference computes in fp32, and tensor cores truncate operands
+# instead of rounding them (the renderer's kernels round them before), so that errors add up instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
 TIMED_RUNS = 3  # the time of the fastest is reported
 

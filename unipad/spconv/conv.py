@@ -127,7 +127,7 @@ class SparseLayer(SparseModule):
         rows, C = x.features.shape
         if channels not in (None, C):
             raise ValueError(f"{type(self).__name__} takes {channels} channels, not {C}")
-        if rows != len(x.voxels):
+        if rows != len(x.current_voxels()):
             raise ValueError(f"{rows} rows of features do not match {len(x.voxels)} voxels")
 
     def count(self, outputs: VoxelSet):

@@ -20,7 +20,7 @@ def sparse_add(*tensors: SparseConvTensor) -> SparseConvTensor:
 
     Raises ValueError for different grids, batch sizes or numbers of channels.
     """
-    first, most = tensors[0], max(range(len(tensors)), key=lambda i: len(tensors[i].voxels))
+    first, most = tensors[0], max(range(len(tensors)), key=lambda i: len(tensors[i].current_voxels()))
     for x in tensors:
         sizes = [(t.spatial_shape, t.batch_size, t.features.shape[1]) for t in (first, x)]
         if sizes[0] != sizes[1]:

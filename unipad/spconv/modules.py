@@ -103,7 +103,7 @@ class JoinTable(SparseModule):
 
     def forward(self, tensors: list[SparseConvTensor]) -> SparseConvTensor:
         first = tensors[0]
-        if not all(first.voxels.same_as(x.voxels) for x in tensors):
+        if not all(first.current_voxels().same_as(x.current_voxels()) for x in tensors):
             raise ValueError("the sparse tensors to join have different voxels")
         return first.replace_feature(torch.cat([x.features for x in tensors], dim=1))
 

@@ -170,7 +170,7 @@ class SparseGlobalPool(SparseModule):
         raise NotImplementedError
 
     def forward(self, x: SparseConvTensor) -> Tensor:
-        sample, order = x.voxels.coords[:, 0].sort(stable=True)
+        sample, order = x.current_voxels().coords[:, 0].sort(stable=True)
         ends = torch.searchsorted(
             sample, torch.arange(x.batch_size, dtype=sample.dtype, device=sample.device), right=True
         )

@@ -1,6 +1,7 @@
 """The sparse tensor: features of the occupied voxels of a batch of grids."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class SparseConvTensor:
     # spconv's attributes for its grid buffer, TensorRT and profiling, without a meaning here
     grid = voxel_num = force_algo = None
     benchmark = is_quantized = False
+    _shape = None  # what `spatial_shape` returned, which may have been modified since
 
     def __init__(
         self, features: Tensor, indices: Tensor, spatial_shape: Sequence[int], batch_size: int, grid=None,
@@ -89,7 +91,7 @@ class SparseConvTensor:
     ) -> "SparseConvTensor":
         """A tensor on a `VoxelSet`, with its tables."""
         x = cls.__new__(cls)
-        x.features, x.ndim, x._shape, x._voxels = features, ndim, None, voxels
+        x.features, x.ndim, x.voxels = features, ndim, voxels
         x.indice_dict = {} if indice_dict is None else indice_dict
         return x
 
@@ -97,26 +99,32 @@ class SparseConvTensor:
         size = f"spatial_shape={self.spatial_shape}, batch_size={self.batch_size}"
         return f"SparseConvTensor(features={tuple(self.features.shape)} {self.features.dtype}, {size})"
 
-    @property
+    # An attribute of the instance once it is there: blocks that the model fuses read it for every layer
+    @cached_property
     def voxels(self) -> VoxelSet:
-        """The voxels, each at the row of its features."""
-        if self._voxels is None or self._voxels.was_modified() or self._has_another_shape():
-            self._make_voxels()
-        return self._voxels
+        """The voxels, each at the row of its features; made and checked when first needed."""
+        return self._make_voxels()
+
+    def current_voxels(self) -> VoxelSet:
+        """`voxels`, made anew if they or their grid were modified in place."""
+        if not torch.compiler.is_compiling() and (self.voxels.was_modified() or self._has_another_shape()):
+            self._give(self.indices, self.spatial_shape, self.batch_size)
+        return self.voxels
 
     def _has_another_shape(self):
-        return self._shape is not None and tuple(self._shape) != self._voxels.shape[3 - self.ndim :]
+        return self._shape is not None and tuple(self._shape) != self.voxels.shape[3 - self.ndim :]
 
     @torch.compiler.disable
     def _make_voxels(self):
-        given = self.indices, self.spatial_shape, self.batch_size
-        if len(given[0]) != len(self.features):
-            raise ValueError(f"{len(self.features)} rows of features do not match {len(given[0])} voxels")
-        self._voxels = VoxelSet.of_indices(*given)
+        indices, batch_size = self._given
+        if len(indices) != len(self.features):
+            raise ValueError(f"{len(self.features)} rows of features do not match {len(indices)} voxels")
+        return VoxelSet.of_indices(indices, self._shape, batch_size)
 
     @property
     def indices(self) -> Tensor:
-        return self._given[0] if self._voxels is None else self._voxels.indices(self.ndim)
+        voxels = self.__dict__.get("voxels")
+        return self._given[0] if voxels is None else voxels.indices(self.ndim)
 
     @indices.setter
     def indices(self, indices):
@@ -125,7 +133,7 @@ class SparseConvTensor:
     @property
     def spatial_shape(self) -> list[int]:
         if self._shape is None:
-            self._shape = list(self._voxels.shape[3 - self.ndim :])
+            self._shape = list(self.voxels.shape[3 - self.ndim :])
         return self._shape
 
     @spatial_shape.setter
@@ -134,14 +142,16 @@ class SparseConvTensor:
 
     @property
     def batch_size(self) -> int:
-        return self._given[1] if self._voxels is None else self._voxels.batch_size
+        voxels = self.__dict__.get("voxels")
+        return self._given[1] if voxels is None else voxels.batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size):
         self._give(self.indices, self.spatial_shape, int(batch_size))
 
     def _give(self, indices, shape, batch_size):
-        self._given, self._shape, self._voxels = (indices, batch_size), shape, None
+        self._given, self._shape = (indices, batch_size), shape
+        self.__dict__.pop("voxels", None)
 
     @property
     def spatial_size(self) -> int:
@@ -150,7 +160,10 @@ class SparseConvTensor:
 
     def replace_feature(self, features: Tensor) -> "SparseConvTensor":
         """The same voxels with other features."""
-        return SparseConvTensor.of(features, self.voxels, self.indice_dict, self.ndim)
+        x = SparseConvTensor.of(features, self.voxels, self.indice_dict, self.ndim)
+        if self._shape is not None:
+            x._shape = list(self._shape)
+        return x
 
     def shadow_copy(self) -> "SparseConvTensor":
         return self.replace_feature(self.features)
@@ -182,7 +195,7 @@ class SparseConvTensor:
 
         memory_format: of a tensor with channels first; `torch.channels_last_3d` (in 2D `channels_last`) saves a copy.
         """
-        voxels, C = self.voxels, self.features.shape[1]
+        voxels, C = self.current_voxels(), self.features.shape[1]
         cells = self.features.new_zeros(voxels.batch_size * torch.Size(voxels.shape).numel(), C)
         cells.index_copy_(0, voxels.keys(), self.features)
         cells = cells.view(voxels.batch_size, *voxels.shape[3 - self.ndim :], C)
@@ -191,7 +204,7 @@ class SparseConvTensor:
     def __add__(self, other: "SparseConvTensor | Tensor") -> "SparseConvTensor":
         """Adds features, voxel by voxel."""
         if isinstance(other, SparseConvTensor):
-            if not self.voxels.same_as(other.voxels):
+            if not self.current_voxels().same_as(other.current_voxels()):
                 raise ValueError("sparse tensors with different voxels are added with `functional.sparse_add`")
             other = other.features
         return self.replace_feature(self.features + other)

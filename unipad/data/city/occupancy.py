@@ -1,14 +1,14 @@
 """Occupancy labels of the city in the format of Occ3D-nuScenes: which voxels are full, and which of them sensors saw.
 
-A voxel is full if a solid overlaps it, and has its class: of several solids, that of the last one, and road users come
-after houses and trees. The other voxels at z = 0 have the class of the ground at their center; those below it, and the
-ego vehicle's, are free. Overlaps with upright boxes and ellipsoids are exact (a separating axis, the nearest point); of
-a tapered box, a voxel that almost touches an edge may count too.
+A voxel that a solid overlaps is full and has the solid's class; if several solids overlap it, the last one decides, and
+road users come after houses and trees. The other voxels at z = 0 have the class of the ground at their center; voxels
+below the ground, and those of the ego vehicle, are free. Overlaps with upright boxes (by separating axes) and
+ellipsoids (by the nearest point) are exact; for a tapered box, a voxel that almost touches an edge may count too.
 
-Occ3D's `mask_lidar` is what LiDAR scans of the whole scene saw. Here these are at most `SCANS` scans, from where the
-LiDAR is at keyframes of the scene; `mask_camera` is the part of it that the cameras of the keyframe see. Everything
-stands still as at the time of the labels. A ray sees the voxels from its sensor to the surface that it hits; a beam of
-the LiDAR that hits nothing in its range sees none, as it returns nothing.
+Occ3D's `mask_lidar` is what LiDAR scans of the whole scene saw. Here these are at most `SCANS` scans, taken from the
+LiDAR's positions at keyframes of the scene; `mask_camera` is the part of it that the cameras of the keyframe see.
+Everything stands still as at the time of the labels. A ray sees the voxels from its sensor to the surface that it hits;
+a LiDAR beam that hits nothing within its range sees none, since it returns nothing.
 """
 
 import numpy as np

@@ -135,7 +135,9 @@ class SparseLayer(SparseModule):
             self.get_max_num_voxels().clamp_(min=len(outputs))
 
     def extra_repr(self):
-        return ", ".join(f"{name}={getattr(self, name)}" for name in ("kernel_size", "stride", "padding", "dilation"))
+        return ", ".join(
+            f"{name}={tuple(getattr(self, name))}" for name in ("kernel_size", "stride", "padding", "dilation")
+        )
 
 
 class SparseConvolution(SparseLayer):

@@ -35,8 +35,9 @@ from unipad import convert
 from unipad.config_dict import to_dict
 from unipad.export import load_encoder
 from unipad.model.pretrain import Pretrain
-from unipad.model.sparse import SparseTensor, VoxelSet
 from unipad.recipes import PRETRAIN
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 FILE = FOLDER / "other_projects.json"
 
@@ -218,7 +219,7 @@ def voxels(shape, channels=5):
 def sparse_stages(encoder, coords, features, shape):
     """Dense output of the last stage of our sparse encoder, before its last convolution."""
     net = encoder.lidar.encoder
-    return net.encoder_layers(net.conv_input(SparseTensor(features, VoxelSet(coords, shape, 2)))).dense()
+    return net.encoder_layers(net.conv_input(SparseConvTensor.of(features, VoxelSet(coords, shape, 2)))).dense()
 
 
 def compare(name, theirs, ours):
@@ -286,7 +287,7 @@ def compare_pointcept(spunet, folder):
         inputs = {"grid_coord": coords[:, 1:].flip(1), "feat": features[:, : net.in_channels]}  # x, y, z
         theirs = net.eval()(inputs | {"offset": coords[:, 0].long().bincount().cumsum(0)})
         voxel_set = VoxelSet(coords, shape, 2)
-        compare(f"Pointcept {preset}", theirs, ours.lidar.encoder(SparseTensor(features, voxel_set)).features)
+        compare(f"Pointcept {preset}", theirs, ours.lidar.encoder(SparseConvTensor.of(features, voxel_set)).features)
 
 
 def main():

@@ -23,9 +23,12 @@ from unipad.errors import UserError
 from unipad.export import PROJECTS, export, load_encoder
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.model.sparse import SparseTensor, SubMConv3d, VoxelSet
+from unipad.model.sparse import SparseLinear
 from unipad.names import to_project
 from unipad.recipes import PRETRAIN, SEGMENT
+from unipad.spconv.conv import SubMConv3d
+from unipad.spconv.tensor import SparseConvTensor
+from unipad.spconv.voxels import VoxelSet
 
 LAYER = "lidar.encoder.encoder_layers.encoder_layer"
 # "project/recipe" -> (source, {key: shape}) of the project's networks that are like the recipe's encoders
@@ -129,7 +132,7 @@ def test_written_kernels_compute_the_same(to):
     z, y, x = torch.meshgrid(*[torch.arange(size, dtype=torch.int32) for size in (3, 4, 5)], indexing="ij")
     coords = torch.stack([torch.zeros_like(z), z, y, x], dim=-1).view(-1, 4)
     features = torch.randn(60, 2)
-    ours = conv(SparseTensor(features, VoxelSet(coords, (3, 4, 5), 1))).dense()
+    ours = conv(SparseConvTensor.of(features, VoxelSet(coords, (3, 4, 5), 1))).dense()
     (theirs,) = to_project({"encoder.lidar.encoder.conv_input.0.weight": conv.weight.detach()}, to)[0].values()
     dense = F.conv3d(features.t().view(1, 2, 3, 4, 5), DENSE[to](theirs), padding=1)
     torch.testing.assert_close(ours, dense)
@@ -137,7 +140,7 @@ def test_written_kernels_compute_the_same(to):
 
 def test_written_1x1x1_kernels_compute_the_same():
     """spconv 2 multiplies by the matrix (Cin, Cout) that is in the memory of a 1 x 1 x 1 kernel."""
-    conv, features = SubMConv3d(5, 7, 1, bias=False), torch.randn(3, 5)
+    conv, features = SparseLinear(5, 7), torch.randn(3, 5)
     name = "encoder.lidar.encoder.dec.0.block0.proj.0.weight"
     weight = to_project({name: conv.weight.detach()}, "pointcept")[0]["backbone.dec.0.block0.proj.0.weight"]
     assert weight.shape == (7, 1, 1, 1, 5)

@@ -156,3 +156,20 @@ def test_a_copy_of_modified_voxels_is_modified(copied):
         x = spconv.SparseConv3d(4, 4, 3, 2, 1)(tensor())
         mirror(x)
         assert_same(conv(copied(x)), conv(fresh(x)))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compiled_code_returns_indices(mode):
+    conv, down = spconv.SubMConv2d(4, 4, 3), spconv.SparseConv2d(4, 4, 3, 2, 1)
+
+    def run(features, indices):
+        y = down(conv(spconv.SparseConvTensor(features, indices, [8, 7], 3)))
+        return y.features, y.indices, y.dense()
+
+    torch._dynamo.reset()
+    with mode():
+        x = tensor(shape=[8, 7])
+        for a, b in zip(
+            torch.compile(run, backend="eager")(x.features, x.indices), run(x.features, x.indices), strict=True
+        ):
+            assert torch.equal(a, b)

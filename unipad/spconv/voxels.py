@@ -131,10 +131,14 @@ class VoxelSet:
     def indices(self, ndim: int) -> Tensor:
         """[N, 1 + ndim] int32, the last `ndim` coordinates of the voxels behind b; the same tensor at every call."""
         if self._exposed is None or self._exposed.shape[1] != 1 + ndim:
-            missing = 3 - ndim
-            own = torch.cat([self.coords[:, :1], self.coords[:, 1 + missing :]], dim=1) if missing else self.coords
-            self._expose(own)
+            self._expose_coords(ndim)
         return self._exposed
+
+    @torch.compiler.disable
+    def _expose_coords(self, ndim):
+        missing = 3 - ndim
+        own = torch.cat([self.coords[:, :1], self.coords[:, 1 + missing :]], dim=1) if missing else self.coords
+        self._expose(own)
 
     @staticmethod
     def of_indices(indices: Tensor, spatial_shape: Sequence[int], batch_size: int) -> "VoxelSet":

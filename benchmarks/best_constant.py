@@ -2,6 +2,7 @@
 
     python -m benchmarks.best_constant                          # voxels' classes, on the synthetic city
     python -m benchmarks.best_constant --target features        # features of pixels, on the city with features
+    python -m benchmarks.best_constant --target depth           # depths of rendered rays
     python -m benchmarks.best_constant --data-root /data/nuscenes --version v1.0-trainval --no-rays
 
 occupancy: every frame gets the same classes: all voxels free, or the class that is most frequent in the training
@@ -11,6 +12,9 @@ those of eval.py.
 features: every pixel gets the same vector, the one with the highest mean cosine similarity to the pixels of the
 training frames, or to those of the validation frames themselves, which no model knows. Frames and pixels are those that
 a validation of train.py measures.
+
+depth: every ray gets the same depth, the one with the lowest AbsRel over the rays of the training frames, or over those
+of the validation frames themselves. Frames are those of a validation of train.py, and rays are drawn as there.
 """
 
 import sys
@@ -32,19 +36,20 @@ from unipad.data.dataset import DataError
 from unipad.data.loader import all_batches, held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.evaluate.occupancy import count, headline, summarize
-from unipad.evaluate.rendering import PIXEL_STRIDE
+from unipad.evaluate.rendering import PIXEL_STRIDE, RAYS_PER_VIEW, depth_sums
 from unipad.exit import exit_on_user_error
-from unipad.model.rays import cast_rays, grid_of_views
+from unipad.model.rays import cast_rays, grid_of_views, lidar_rays
 from unipad.recipes import PRETRAIN
+from unipad.runtime import generators
 
 
 @dataclass(frozen=True)
 class Args:
-    target: Literal["occupancy", "features"] = "occupancy"  # what is predicted
+    target: Literal["occupancy", "features", "depth"] = "occupancy"  # what is predicted
     data_root: Path | None = None  # folder of a dataset in the nuScenes format; None: a synthetic city
     version: str = "v1.0-mini"  # its version
     rays: bool = True  # occupancy: RayIoU too, which takes most of the time
-    frames: int = 12  # features: validation frames, spread over the split; train.py has as many
+    frames: int = 12  # features, depth: validation frames, spread over the split; train.py has as many
 
 
 def readable(dataset):
@@ -120,6 +125,37 @@ def features(args: Args) -> list[str]:
     return table(f"constant, on {len(found)} frames of {val_set.split}", metrics)
 
 
+def least_relative_error(truth: Tensor) -> Tensor:
+    """The constant c with the least mean of |c - d| / d over depths d [R]: their median, weighted by 1 / d."""
+    truth = truth.sort().values
+    share = (1 / truth).cumsum(dim=0)
+    return truth[(share < share[-1] / 2).sum()]
+
+
+def depth(args: Args) -> list[str]:
+    """The table of constant depths."""
+    recipe = PRETRAIN["camera"]["tiny"]
+    root = args.data_root or NuScenesDataset.default_root(recipe.data)
+    box = recipe.grid.low, recipe.grid.high
+    train_set, val_set = NuScenesDataset.train_and_val(root, args.version, recipe, 1.0, box)
+
+    def of(batches):
+        depths = []
+        for position, batch in batches:
+            rngs = generators(seed=0, step=0, positions=[position], device=torch.device("cpu"))
+            depths.append(lidar_rays(batch, recipe.rays, RAYS_PER_VIEW, rngs).depth)
+        depths = torch.cat(depths).double()
+        return depths[depths > 0]
+
+    held_out = of((position, batch.to("cpu")) for position, batch in held_out_batches(val_set, args.frames))
+    metrics = {}
+    for name, depths in (("training", of(enumerate(readable(train_set)))), ("these", held_out)):
+        best = least_relative_error(depths)
+        abs_rel, _, close, rays = depth_sums(torch.full_like(held_out, best), held_out).tolist()
+        metrics[f"best of {name} frames"] = dict(depth=best.item(), abs_rel=abs_rel / rays, delta1=close / rays)
+    return table(f"constant, on {args.frames} frames of {val_set.split}", metrics)
+
+
 def table(title, metrics):
     """Lines of a table: a row for each constant."""
     names = list(next(iter(metrics.values())))
@@ -128,7 +164,7 @@ def table(title, metrics):
 
 
 def main(args: Args):
-    print("\n".join({"occupancy": occupancy, "features": features}[args.target](args)))
+    print("\n".join({"occupancy": occupancy, "features": features, "depth": depth}[args.target](args)))
 
 
 if __name__ == "__main__":

@@ -12,21 +12,30 @@ on each axis. Rows of a table number the offsets row-major. Cells that are neigh
 each reader (a voxel that looks up its neighbors) takes one binary search per column (the kx offsets of equal z and y),
 for the column's first cell, and then a linear scan. The output voxels come from kernels/sparse_outputs.py. A transposed
 table is the inverse of a strided one: the table of the strided convolution that maps the transposed convolution's
-outputs to its inputs. The references of the strided and transposed maps materialize and sort all (input, offset) pairs
-instead, which is faster on a CPU.
+outputs to its inputs. The references, in NumPy, go ways that are faster on a CPU: for submanifold tables they test bits
+of cells, for the others they sort all (input, offset) pairs.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import product
 from math import prod
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, opaque, tl, triton
-from unipad.kernels.sparse_outputs import max_readers, out_shape, output_coords, output_keys, transposed_out_shape
+from unipad.kernels.sparse_outputs import (
+    gather_pairs_ref,
+    max_readers,
+    out_shape,
+    output_coords,
+    output_keys,
+    transposed_out_shape,
+)
 from unipad.kernels.voxel_keys import (
     NO_KEY,
     NO_KEY_SHORT,
@@ -35,7 +44,6 @@ from unipad.kernels.voxel_keys import (
     key_of,
     load_voxels,
     sort_voxels,
-    voxel_keys_ref,
 )
 
 
@@ -67,44 +75,72 @@ def submanifold_map(
 
 
 def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
-    """`submanifold_map` in plain PyTorch."""
-    (_, Y, X), (kz, ky, kx), (dz, dy, dx) = shape, kernel, dilation
+    """`submanifold_map` in NumPy; ignores `keys`.
+
+    The grid is a string of bits, one per cell, of which only the words with a voxel are stored. For each offset, voxels
+    test the bit of the cell that they read. In ascending order, the voxels that read at an offset and those that read
+    at the opposite one are each other's neighbors.
+    """
     N, K = len(_checked_submanifold(coords, shape, kernel, dilation)), prod(kernel)
-    neighbor_idx = coords.new_full((K, N), -1)
-    # the offsets of an odd kernel are symmetric: if offset k leads from i to j, offset K - 1 - k leads from j to i
-    mirrored = all(size % 2 for size in kernel)
-    if mirrored:
-        neighbor_idx[K // 2] = torch.arange(N, dtype=torch.int32, device=coords.device)
-    if order is None:
-        order = torch.arange(N, device=coords.device)
-    z, y, x = (coords[:, 1 + axis].index_select(0, order) for axis in range(3))  # [N] each, sorted by key
-    # in_z[i], [N]: whether offset i along z leads to a cell inside the grid; keys do not tell: consecutive ones may lie
-    # in different rows of cells
-    in_z, in_y, in_x = (
-        [(cell + (i - width // 2) * d >= 0) & (cell + (i - width // 2) * d < size) for i in range(width)]
-        for cell, size, width, d in zip((z, y, x), shape, kernel, dilation, strict=True)
-    )
-    padded_keys = F.pad(keys, (0, 1), value=NO_KEY)
-    for column in range(kz * ky // 2 + 1 if mirrored else kz * ky):
-        iz, iy = divmod(column, ky)
-        in_column = in_z[iz] & in_y[iy]
-        wanted = keys + (((iz - kz // 2) * dz * Y + (iy - ky // 2) * dy) * X - kx // 2 * dx)  # of the first cell
-        at = torch.searchsorted(keys, wanted)  # the first key >= wanted
-        key = padded_keys.index_select(0, at)
-        for i in range(kx):
-            k = column * kx + i
-            if mirrored and k == K // 2:
-                break  # the offsets from here on are those filled by mirroring
-            i_sorted = (in_column & in_x[i] & (key == wanted)).nonzero()[:, 0]
-            reader, read = order.index_select(0, i_sorted), order.index_select(0, at.index_select(0, i_sorted))
-            neighbor_idx[k].index_copy_(0, reader, read.int())
-            if mirrored:
-                neighbor_idx[K - 1 - k].index_copy_(0, read, reader.int())
-            wanted += dx
-            for _ in range(dx if i + 1 < kx else 0):  # the linear scan: at most one key in each of the next dx cells
-                at += key < wanted
-                key = padded_keys.index_select(0, at)
-    return neighbor_idx
+    neighbor_idx = np.full((K, N), -1, np.int32)
+    rows = np.arange(N, dtype=np.int32) if order is None else order.cpu().numpy().astype(np.int32)
+    b, z, y, x = coords.cpu().numpy().T.astype(np.int64)
+    # empty cells after each row, slice and sample: an offset that leaves one of them ends there, not in the next
+    Z, Y, X = (n + size // 2 * d for n, size, d in zip(shape, kernel, dilation, strict=True))
+    cell = (((b * Z + z) * Y + y) * X + x)[rows]
+    word, bit = cell >> 6, np.uint64(1) << (cell & 63).astype(np.uint64)
+    first = np.flatnonzero(np.diff(word, prepend=-1))  # [V], of the voxels in each word
+    words, word_of = word[first], np.repeat(np.arange(len(first)), np.diff(first, append=N))
+    bits = np.bitwise_or.reduceat(bit, first) if N else bit
+    padded_words, padded_bits = np.append(words, -1), np.append(bits, np.uint64(0))
+
+    # shift -> [V] index of the first word at least `shift` words after each, [V] whether it is exactly there
+    located = {}
+
+    def locate(shift):
+        if shift not in located:
+            at, found = located.get(shift - 1, (None, None))  # there already, unless a new column of offsets begins
+            at = np.searchsorted(words, words + shift) if at is None else at + found
+            located[shift] = at, padded_words[at] == words + shift
+        return located[shift]
+
+    @cache
+    def shifted(shift):
+        """[V] the word that is `shift` words after each stored one, 0 where it is not stored."""
+        at, found = locate(abs(shift))
+        if shift >= 0:
+            return np.where(found, padded_bits[at], np.uint64(0))
+        result = np.zeros_like(bits)
+        result[at[found]] = bits[found]
+        return result
+
+    def readers(distance):
+        """Indices, in ascending order, of the voxels with another one `distance` cells further on."""
+        shift, low = divmod(distance, 64)
+        window = shifted(shift) >> np.uint64(low)
+        if low:
+            window |= shifted(shift + 1) << np.uint64(64 - low)
+        return rows[np.flatnonzero((window[word_of] & bit) != 0)]
+
+    def index(offset):
+        """The number of an offset (z, y, x), counted from the center; None if the kernel does not have it."""
+        offset = [o + size // 2 for o, size in zip(offset, kernel, strict=True)]
+        inside = all(0 <= o < size for o, size in zip(offset, kernel, strict=True))
+        return (offset[0] * kernel[1] + offset[1]) * kernel[2] + offset[2] if inside else None
+
+    neighbor_idx[index((0, 0, 0))] = np.arange(N)
+    # the offsets after the center, and those opposite to them; an even kernel lacks some of the former
+    for offset in product(*(range(-(size // 2), size // 2 + 1) for size in kernel)):
+        k, opposite = index(offset), index([-o for o in offset])
+        if offset > (0, 0, 0) and (k, opposite) != (None, None):
+            z, y, x = (o * d for o, d in zip(offset, dilation, strict=True))
+            distance = (z * Y + y) * X + x
+            i, j = readers(distance), readers(-distance)
+            if k is not None:
+                neighbor_idx[k][i] = j
+            if opposite is not None:
+                neighbor_idx[opposite][j] = i
+    return torch.from_numpy(neighbor_idx).to(coords.device)
 
 
 def _checked_submanifold(coords, shape, kernel, dilation):
@@ -156,19 +192,9 @@ def strided_map(
 
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
-    """`strided_map` in plain PyTorch; ignores `keys` and `order`."""
-    _, out = _checked_strided(coords, shape, (kernel, stride, padding, dilation), batch_size)
-    cells, offsets, valids = [], [], []
-    for axis, (size, readers) in enumerate(zip(out, max_readers(kernel, stride, dilation), strict=True)):
-        back = torch.arange(readers, device=coords.device)[:, None]  # counted back from the last reader
-        padded = coords[:, 1 + axis].long() + padding[axis]  # [N], counted from the first padding cell
-        cell = padded // stride[axis] - back  # [readers, N], of the output grid
-        distance = padded - cell * stride[axis]
-        offset = distance // dilation[axis]
-        valids.append((offset * dilation[axis] == distance) & (offset < kernel[axis]) & (cell >= 0) & (cell < size))
-        cells.append(cell)
-        offsets.append(offset)
-    return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
+    """`strided_map` in NumPy; ignores `keys` and `order`."""
+    out_coords, _, neighbor_idx, _ = _strided_ref(coords, shape, (kernel, stride, padding, dilation), batch_size, False)
+    return out_coords, neighbor_idx
 
 
 def _strided_tables_fake(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
@@ -206,11 +232,23 @@ def strided_tables(
 
 
 def strided_tables_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
-    """`strided_tables` in plain PyTorch; ignores `keys` and `order`."""
-    geometry = kernel, stride, padding, dilation
-    out_coords, neighbor_idx = strided_map_ref(coords, shape, *geometry)
-    out_keys = voxel_keys_ref(out_coords, out_shape(shape, *geometry))
-    return out_coords, out_keys, neighbor_idx, inverse_map_ref(neighbor_idx, len(coords))
+    """`strided_tables` in NumPy; ignores `keys` and `order`."""
+    return _strided_ref(coords, shape, (kernel, stride, padding, dilation), batch_size, True)
+
+
+def _strided_ref(coords, shape, geometry, batch_size, with_inverse):
+    """`_strided` in NumPy."""
+    (_, out), (kernel, stride, padding, dilation) = _checked_strided(coords, shape, geometry, batch_size), geometry
+    slots = []
+    for axis, readers in enumerate(max_readers(kernel, stride, dilation)):
+        padded = coords[:, 1 + axis].cpu().numpy().astype(np.int64) + padding[axis]  # from the first padding cell
+        cells = [padded // stride[axis] - back for back in range(readers)]  # back: counted from the last reader
+        distances = [padded - cell * stride[axis] for cell in cells]
+        offsets = [distance // dilation[axis] for distance in distances]
+        exact = [o * dilation[axis] == d for o, d in zip(offsets, distances, strict=True)]
+        inside = [(o < kernel[axis]) & (c >= 0) & (c < out[axis]) for o, c in zip(offsets, cells, strict=True)]
+        slots.append([(c, o, e & i) for c, o, e, i in zip(cells, offsets, exact, inside, strict=True)])
+    return gather_pairs_ref(coords, slots, out, kernel, with_inverse)
 
 
 def _strided(coords, shape, geometry, batch_size, keys, order, with_inverse):
@@ -257,17 +295,15 @@ def transposed_map(
 
 
 def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None):
-    """`transposed_map` in plain PyTorch."""
+    """`transposed_map` in NumPy."""
     _, out = _checked_transposed(coords, shape, (kernel, stride, padding, dilation), batch_size)
-    cells, offsets, valids = [], [], []
+    slots = []
     for axis, size in enumerate(out):
-        offset = torch.arange(kernel[axis], device=coords.device)[:, None]
-        # [kernel, N], of the output grid
-        cell = coords[:, 1 + axis].long() * stride[axis] - padding[axis] + offset * dilation[axis]
-        valids.append((cell >= 0) & (cell < size))
-        cells.append(cell)
-        offsets.append(offset.expand_as(cell))
-    return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
+        first = coords[:, 1 + axis].cpu().numpy().astype(np.int64) * stride[axis] - padding[axis]
+        cells = [first + k * dilation[axis] for k in range(kernel[axis])]  # of the output grid
+        slots.append([(cell, k, (cell >= 0) & (cell < size)) for k, cell in enumerate(cells)])
+    out_coords, _, neighbor_idx, _ = gather_pairs_ref(coords, slots, out, kernel, with_inverse=False)
+    return out_coords, neighbor_idx
 
 
 def _checked_transposed(coords, shape, geometry, batch_size):
@@ -302,42 +338,6 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
     return neighbor_idx
 
 
-def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
-    """Neighbor table from (input, offset) pairs, grouped by output. On each axis, an input has T candidate pairs.
-
-    Args:
-        coords:  [N, 4] int32 of the inputs.
-        cells:   per axis [T, N] int64, the output cell of each pair.
-        offsets: per axis [T, N] int64, its offset.
-        valids:  per axis [T, N] bool. A pair exists where it is valid on all three axes.
-        out:     cells (Z, Y, X) of the output grid.
-        kernel:  size (kz, ky, kx).
-
-    Returns:
-        out_coords, neighbor_idx: as `strided_map`.
-    """
-
-    def combine(z, y, x, size_y, size_x):
-        """(z size_y + y) size_x + x of all combinations of the axes: [Tz, Ty, Tx, N]"""
-        return (z[:, None, None] * size_y + y[:, None]) * size_x + x
-
-    (Z, Y, X), (_, ky, kx) = out, kernel
-    first_z = coords[:, 0].long() * Z  # [N], of each input's sample where the samples' grids are stacked along z
-    exists = valids[0][:, None, None] & valids[1][:, None] & valids[2]
-    pair = exists.flatten().nonzero()[:, 0]  # among [Tz, Ty, Tx, N]
-    key = combine(cells[0] + first_z, cells[1], cells[2], Y, X).flatten().index_select(0, pair)
-    k = combine(*offsets, ky, kx).flatten().index_select(0, pair)
-    key, order = key.sort()
-    is_first = F.pad(key[1:] != key[:-1], (1, 0), value=True)[: len(key)]
-    m = is_first.cumsum(0) - 1  # output of each pair
-    key = key[is_first]  # [M]
-    neighbor_idx = coords.new_full((prod(kernel), len(key)), -1)
-    entry = k.index_select(0, order) * len(key) + m  # in the flattened table
-    neighbor_idx.view(-1).index_copy_(0, entry, (pair % max(len(coords), 1)).int().index_select(0, order))
-    b, z, y, x = key // (Z * Y * X), key // (Y * X) % Z, key // X % Y, key % X
-    return torch.stack([b, z, y, x], dim=1).int(), neighbor_idx
-
-
 @opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))
 def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
     """Invert a neighbor table: the output that each input reaches through each offset.
@@ -363,11 +363,12 @@ def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
 
 
 def inverse_map_ref(neighbor_idx, N):
-    """`inverse_map` in plain PyTorch."""
-    k, m = (neighbor_idx >= 0).nonzero(as_tuple=True)
-    inverse_idx = neighbor_idx.new_full((len(neighbor_idx), N), -1)
-    inverse_idx[k, neighbor_idx[k, m].long()] = m.int()
-    return inverse_idx
+    """`inverse_map` in NumPy."""
+    inverse_idx = np.full((len(neighbor_idx), N), -1, np.int32)
+    for read, inverse in zip(neighbor_idx.cpu().numpy(), inverse_idx, strict=True):
+        m = np.flatnonzero(read >= 0)
+        inverse[read[m]] = m
+    return torch.from_numpy(inverse_idx).to(neighbor_idx.device)
 
 
 BLOCK = 256  # voxels or table entries per program

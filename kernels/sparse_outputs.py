@@ -2,14 +2,17 @@
 
 A cell of the output grid is a voxel if at least one input contributes to it (kernels/sparse_map.py has the formulas).
 A Triton kernel writes the keys of all cells that each input reaches; their distinct values are the keys of the outputs.
-References: `strided_map_ref` and `transposed_map_ref`; benchmark: benchmarks/bench_sparse_map.py.
+References: `strided_map_ref` and `transposed_map_ref`, which share `gather_pairs_ref`; benchmark:
+benchmarks/bench_sparse_map.py.
 
 Sizes: N inputs, M outputs. All triples are (z, y, x).
 """
 
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +112,50 @@ def output_coords(keys: Tensor, out: Sequence[int]) -> tuple[Tensor, Tensor]:
             M=len(keys), Z=Z, Y=Y, X=X, BLOCK=BLOCK,
         )  # fmt: skip
     return coords, long_keys
+
+
+def gather_pairs_ref(coords, slots, out, kernel, with_inverse):
+    """The results of `sparse_map._strided` from (input, offset) pairs, grouped by output.
+
+    Args:
+        coords: [N, 4] int32 of the inputs.
+        slots:  per axis, a list of (cell, offset, valid), [N] each: output cell and offset of a candidate pair of every
+                input. A pair exists where it is valid on all three axes.
+        out:    cells (Z, Y, X) of the output grid.
+        kernel: size (kz, ky, kx).
+    """
+    (Z, Y, X), (_, ky, kx), N, K = out, kernel, len(coords), prod(kernel)
+    first_z = coords[:, 0].cpu().numpy().astype(np.int64) * Z  # where the samples' grids are stacked along z
+    keys, ks, inputs = [], [], []
+    for (z, kz, z_ok), (y, k_y, y_ok) in product(*slots[:2]):
+        row, k_row, row_ok = ((first_z + z) * Y + y) * X, (kz * ky + k_y) * kx, z_ok & y_ok
+        for x, k_x, x_ok in slots[2]:
+            i = np.flatnonzero(row_ok & x_ok)
+            keys.append((row + x)[i])
+            ks.append(np.broadcast_to(np.asarray(k_row + k_x, np.int64), N)[i])
+            inputs.append(i)
+    bits = N.bit_length()
+    key, pair = _sorted_by_key(np.concatenate(keys), np.concatenate(ks) << bits | np.concatenate(inputs), bits, K)
+    first = np.flatnonzero(np.diff(key, prepend=-1))  # pair of each output
+    key, M = key[first], len(first)
+    m, k, i = np.repeat(np.arange(M), np.diff(first, append=len(pair))), pair >> bits, pair & ((1 << bits) - 1)
+    row, plane = key // X, key // (Y * X)
+    results = [np.stack([plane // Z, plane % Z, row % Y, key % X], axis=1).astype(np.int32), key]
+    for columns, at, value in [(M, m, i), (N, i, m)][: 1 + with_inverse]:  # the table, and its inverse
+        results.append(np.full((K, columns), -1, np.int32))
+        results[-1].reshape(-1)[k * columns + at] = value
+    results = [torch.from_numpy(a).to(coords.device) for a in results]
+    return *results, *([] if with_inverse else [None])
+
+
+def _sorted_by_key(key, pair, bits, K):
+    """Both in ascending order of the keys [P], from 0 on; pair: the offset, of K, before `bits` bits of the input."""
+    bits += K.bit_length()
+    if len(key) and int(key.max()).bit_length() + bits < 64:
+        packed = np.sort(key << bits | pair)  # several times as fast as `argsort`
+        return packed >> bits, packed & ((1 << bits) - 1)
+    order = key.argsort(kind="stable")
+    return key[order], pair[order]
 
 
 BLOCK = 256  # voxels per program

@@ -78,3 +78,15 @@ def test_scores_of_features_are_those_of_a_model_that_predicts_the_constant(city
     (best,), (of_training,) = scores["best of these frames"], scores["best of the training frames"]
     assert best == pytest.approx(metrics["features_cosine"], abs=1e-4)
     assert 0.3 < of_training < best < 1
+
+
+def test_no_other_depth_has_a_lower_relative_error(city, capsys):
+    truth = torch.tensor([2.0, 4, 5, 20, 20])  # weights 0.5, 0.25, 0.2, 0.05, 0.05: half of their sum is below 4
+    assert best_constant.least_relative_error(truth) == 4
+    truth = 1 + 30 * torch.rand(999, dtype=torch.float64)
+    best = best_constant.least_relative_error(truth)
+    errors = [((c - truth).abs() / truth).mean() for c in (best, *torch.linspace(1, 31, 200).tolist())]
+    assert errors[0] <= min(errors) + 1e-12
+    best_constant.main(Args(target="depth", data_root=city, frames=2))
+    of_training, of_these = printed(capsys.readouterr().out.splitlines()).values()
+    assert 3 < of_these[0] < 30 and 0.1 < of_these[1] <= of_training[1] < 2 and 0 < of_these[2] < 1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.check import check_against_ref, launches
-from unipad.kernels import sparse_gemm
+from unipad.kernels import sparse_gemm, sparse_reference
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
 
 ONE, THREE = (1, 1, 1), (3, 3, 3)
@@ -283,6 +283,42 @@ def test_reference_matches_dense_convolution(case, device):
         (out, *grads(out, features, weight)), (truth, *grads(truth, features, weight)), strict=True
     ):
         torch.testing.assert_close(ours, of_dense, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrt", [("features", "weight"), ("features",), ("weight",)], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)  # submanifold, strided
+def test_reference_gathers_wide_rows_in_groups_of_offsets(case, wrt, monkeypatch, device):
+    """Groups of at most 4 numbers and of 300, so of single offsets and of several, against one group per chunk."""
+
+    def run():
+        inputs, *_ = make_inputs(*case, device)
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        wanted = [inputs[name].requires_grad_() for name in wrt]
+        out = sparse_conv_ref(**inputs)
+        return out, *torch.autograd.grad(out.square().sum(), wanted)
+
+    expected, groups, make = run(), [], sparse_reference._groups
+    monkeypatch.setattr(sparse_reference, "_groups", lambda *args: groups.append(make(*args)) or groups[-1])
+    monkeypatch.setattr(sparse_reference, "WIDE", 1)
+    counts = []
+    for numbers in (4, 300):
+        monkeypatch.setattr(sparse_reference, "GROUP", numbers)
+        for a, b in zip(run(), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        counts.append(sum(map(len, groups)))
+        groups.clear()
+    assert counts[0] > counts[1]
+
+
+def test_groups_by_hand():
+    """At most 5 pairs: offsets 0 to 2, offset 3 alone, since it has more, offsets 4 and 5."""
+    groups = sparse_reference._groups([2, 0, 3, 7, 0, 5], 5)
+    assert groups == [
+        (slice(0, 3), slice(0, 5), [2, 0, 3]),
+        (slice(3, 4), slice(5, 12), [7]),
+        (slice(4, 6), slice(12, 17), [0, 5]),
+    ]
+    assert sparse_reference._groups([0], 0) == [(slice(0, 1), slice(0, 0), [0])]
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])

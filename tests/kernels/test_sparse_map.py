@@ -66,6 +66,11 @@ CASES = [(*voxels, HALVE) for voxels in SETS] + [
     (*SPARSE, ((3, 3, 3), (2, 2, 2), (0, 1, 1), ONE)),
     (*SPARSE, ((3, 1, 1), (2, 1, 1), (0, 0, 0), ONE)),
     (*SPARSE, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))),  # different on every axis
+    # rows of 64 cells, of one less and of one more: the reference's words have 64; offsets longer than a word
+    (2, (2, 3, 63), 150, HALVE),
+    (2, (2, 3, 64), 384, HALVE),
+    (2, (2, 3, 65), 150, HALVE),
+    (2, (2, 3, 200), 900, ((1, 2, 5), (1, 1, 2), (0, 0, 2), (1, 1, 33))),
 ]
 
 
@@ -215,6 +220,23 @@ def test_tables_of_a_grid_of_8e9_cells(use_ref, device):
     kept = halved[:, 1] < 20  # no output reads the last of 41 slices: a kernel of 2 does not fit there
     assert torch.equal(out_coords, halved[kept])  # `product` ascends as the keys do
     assert torch.equal((neighbor_idx >= 0).sum(dim=0), torch.full((8,), 2, device=device))
+
+
+@pytest.mark.parametrize("use_ref", [False, True], ids=["op", "ref"])
+@pytest.mark.parametrize("size", [2**27, 2**28])
+def test_strided_tables_of_the_largest_grids(size, use_ref, device):
+    """Keys of 58 and 60 bits: with five bits of the pair, the former are sorted in one number of 63 bits, the latter
+    are not."""
+    shape = (8, size, size)
+    last, near = (7, size - 1, size - 1), (7, size - 1, size - 2)
+    coords = torch.tensor([[0, *last], [0, 0, 0, 0], [0, *near]], dtype=torch.int32, device=device)
+    fn = strided_tables_ref if use_ref else strided_tables
+    out_coords, keys, neighbor_idx, inverse_idx = fn(coords, shape, (1, 1, 3), ONE, (0, 0, 1), ONE)
+    # outputs: x of 0 and 1, then the last three
+    assert out_coords.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], *([0, *last[:2], size - 3 + i] for i in range(3))]
+    assert keys.tolist() == [0, 1, *(8 * size**2 - 3 + i for i in range(3))]
+    assert neighbor_idx.tolist() == [[-1, 1, -1, -1, 2], [1, -1, -1, 2, 0], [-1, -1, 2, 0, -1]]
+    assert inverse_idx.tolist() == [[-1, 1, 4], [4, 0, 3], [3, -1, 2]]
 
 
 @pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.spconv import layers
+
 NORM = partial(nn.BatchNorm1d, eps=1e-3, momentum=0.01)
 GRID = [20, 24, 40]  # cells (x, y, z) of detectors, which add a slice in z
 
@@ -286,6 +288,9 @@ NETWORKS = {
     "SpUNet-v1m1": (spunet, 6, (15, 17, 13)),
     "PT-v3m1": (point_transformer, 6, (15, 17, 13)),
     "PillarRes18BackBone8x": (pillar_net, 4, ZYX[1:]),
+    "layers-3d": (partial(layers.convolutions, ndim=3, shape=(9, 10, 11)), 4, (9, 10, 11)),
+    "layers-2d": (partial(layers.convolutions, ndim=2, shape=(19, 16)), 4, (19, 16)),
+    "sums": (layers.sums, 4, (9, 10, 11)),
 }
 VOXELS, BATCH_SIZE, RATE = 150, 2, 0.05  # voxels of the batch at most; learning rate of the step
 
@@ -317,8 +322,8 @@ def set_weights(net):
 
 
 def results(sp, name, dtype):
-    """{name: array} of one training step, and of outputs after it with the norms' running statistics; the rows are in
-    ascending order of voxels."""
+    """{name: array} of one training step, of outputs after it with the norms' running statistics, and of the outputs'
+    voxels and grids; the rows are in ascending order of voxels."""
     make, *_ = NETWORKS[name]
     net = make(sp).to(dtype)
     set_weights(net)
@@ -329,6 +334,9 @@ def results(sp, name, dtype):
     for key, out in net(features, indices, BATCH_SIZE).items():
         values = in_order(out)
         found[f"out/{key}"] = values
+        if not torch.is_tensor(out):
+            found[f"voxels/{key}"] = out.indices[order(out)]
+            found[f"grid/{key}"] = torch.tensor([out.batch_size, *out.spatial_shape], dtype=torch.int32)
         loss = loss + (values * torch.from_numpy(rng.standard_normal(tuple(values.shape))).to(dtype)).mean()
     loss.backward()
     found["grad/features"] = features.grad
@@ -345,7 +353,7 @@ def results(sp, name, dtype):
 
 
 def differences(found, expected):
-    """{key: largest difference}, as a fraction of the largest entry of the array.
+    """{key: largest difference}, as a fraction of the largest entry of the array. Voxels and grids must be equal.
 
     The bias of a convolution before a batch norm has the gradient 0, of which rounding errors are left: their
     differences are fractions of the net's largest gradient.
@@ -355,6 +363,9 @@ def differences(found, expected):
     result = {}
     for key, value in expected.items():
         assert found[key].shape == value.shape, key
+        if key.split("/")[0] in ("voxels", "grid"):
+            assert np.array_equal(found[key], value), key
+            continue
         largest = np.abs(value).max()
         if key.startswith("grad/") and key.endswith(".bias") and largest < 1e-6 * largest_gradient:
             largest = largest_gradient
@@ -366,5 +377,8 @@ def in_order(out):
     """A dense tensor as it is; the features of a sparse one in ascending order of its voxels."""
     if torch.is_tensor(out):
         return out
-    order = np.lexsort(out.indices.flip(1).T.numpy())
-    return out.features[torch.from_numpy(order)]
+    return out.features[order(out)]
+
+
+def order(out):
+    return torch.from_numpy(np.lexsort(out.indices.flip(1).T.numpy()))

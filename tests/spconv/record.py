@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 python -m tests.spconv.record --write    also record spconv's results, for test_networks.py
 
 With more than one thread, spconv sums wrongly on a CPU. Both run in fp64 and in fp32 with the same weights; spconv's
-state dicts are loaded as they are. Prints, for each network, the largest difference of outputs, gradients and outputs
-after a training step, relative to the largest entry of the same array.
+state dicts are loaded as they are. Voxels and grids must be equal. Prints, for each network, the largest difference of
+outputs, gradients and outputs after a training step, relative to the largest entry of the same array.
 """
 
 import importlib
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import unipad.spconv as ours
+from tests.spconv.layers import points_to_voxels
 from tests.spconv.networks import NETWORKS, differences, results
 from tests.spconv.test_networks import FOLDER, TOLERANCE
 
@@ -40,8 +41,15 @@ def main(write):
             print(f"| {name} | {dtype} | " + " | ".join(f"{v:.1e}" for v in worst.values()) + " |")
             if write and dtype == torch.float64:
                 FOLDER.mkdir(exist_ok=True)
-                np.savez_compressed(FOLDER / f"{name}.npz", **{k: v.astype(np.float32) for k, v in expected.items()})
-    return int(failed)
+                arrays = {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in expected.items()}
+                np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
+    expected = points_to_voxels(importlib.import_module("spconv.pytorch.utils").PointToVoxel)
+    found = points_to_voxels(ours.PointToVoxel)
+    equal = all(np.array_equal(found[key], expected[key]) for key in expected)
+    print(f"PointToVoxel: {'equal' if equal else 'NOT EQUAL'}")
+    if write:
+        np.savez_compressed(FOLDER / "PointToVoxel.npz", **expected)
+    return int(failed or not equal)
 
 
 if __name__ == "__main__":

@@ -309,6 +309,28 @@ def test_an_empty_input(training):
     assert features.grad.shape == (0, 4)
     for pool in (spconv.SparseGlobalMaxPool(), spconv.SparseGlobalAvgPool()):
         assert torch.equal(pool(out), torch.zeros(2, 4))
+        assert pool(spconv.SparseConvTensor(features, indices, SHAPE, 0)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_run_on_an_empty_input(training):
+    """They may change the width, and a norm over several processes waits for all of them."""
+    ran = []
+
+    class Norm(nn.SyncBatchNorm):
+        def forward(self, x):
+            ran.append(x.shape)
+            return x
+
+    net = spconv.SparseSequential(
+        spconv.SubMConv3d(4, 6, 3), nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), Norm(5),
+        spconv.SubMConv3d(5, 3, 3),
+    ).train(training)  # fmt: skip
+    out = net(spconv.SparseConvTensor(torch.empty(0, 4), torch.empty(0, 4, dtype=torch.int32), SHAPE, 2))
+    assert out.features.shape == (0, 3) and ran == [(0, 5)]
+    out.features.sum().backward()
+    norm = net[1][1]
+    assert not norm.running_mean.any() and norm.running_var.eq(1).all() and not norm.weight.grad.any()
 
 
 # Precision, weights
@@ -328,6 +350,14 @@ def test_types(dtype):
     assert (out.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps * exact.abs().max()
     with torch.autocast("cpu", torch.bfloat16):
         assert net.float()(tensor()).features.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_weights_are_cast_to_the_type_of_features(kernel):
+    conv, x = spconv.SubMConv3d(4, 2, kernel), tensor(dtype=torch.bfloat16)
+    out = conv(x).features
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, conv.bfloat16()(x).features)
 
 
 def test_weights_of_spconv_1():
@@ -449,3 +479,15 @@ def test_sparse_add():
     assert flat.dense().shape == (3, 4, 6, 7)
     with pytest.raises(ValueError, match="cannot add"):
         Fsp.sparse_add(x, tensor(5))
+
+
+def test_a_sum_has_the_widest_type():
+    x, y = tensor(), tensor(seed=1)
+    low = x.replace_feature(x.features.bfloat16())
+    for given in ((low, y), (y, low), (low, y, low)):
+        total = Fsp.sparse_add(*given)
+        assert total.features.dtype == torch.float32
+        assert torch.equal(total.dense(), sum(t.dense() for t in given))
+    half = y.replace_feature(y.features.half())
+    assert Fsp.sparse_add(low, half).features.dtype == torch.float32
+    assert Fsp.sparse_add(low, low).features.dtype == torch.bfloat16

@@ -44,6 +44,55 @@ def test_code_that_imports_spconv_finds_it():
         assert SparseConvTensor is spconv.SparseConvTensor and PointToVoxel is spconv.PointToVoxel
 
 
+# What these projects do before they use layers
+IMPORTS = dict(
+    OpenPCDet="""
+import spconv
+if float(spconv.__version__[2:]) >= 2.2:
+    spconv.constants.SPCONV_USE_DIRECT_TABLE = False
+import spconv.pytorch as spconv
+from spconv.pytorch.utils import PointToVoxel
+""",
+    CenterPoint="""
+import spconv.pytorch as spconv
+from spconv.pytorch import SparseConv3d, SubMConv3d, ops
+""",
+    VoxelNeXt="""
+from spconv.core import ConvAlgo
+from spconv.pytorch import functional as Fsp
+from spconv.pytorch.conv import SparseConvolution
+from spconv.pytorch.core import SparseConvTensor
+from spconv.pytorch.modules import SparseModule
+from spconv.pytorch.pool import SparseMaxPool2d
+ConvAlgo.Native
+""",
+    Pointcept="""
+import spconv.pytorch as spconv
+from spconv.pytorch import modules
+modules.is_spconv_module
+""",
+    mmdet3d="""
+import spconv
+assert spconv.__version__ >= '2.0.0'
+from spconv.pytorch import (SparseConv2d, SparseConv3d, SparseConvTranspose2d, SparseConvTranspose3d,
+    SparseInverseConv2d, SparseInverseConv3d, SparseModule, SubMConv2d, SubMConv3d)
+from spconv.pytorch import SparseConvTensor, SparseSequential
+""",
+)
+
+
+@pytest.mark.parametrize("project", IMPORTS)
+def test_what_projects_import_exists(project):
+    with mock.patch.dict(sys.modules):
+        run(EXAMPLES[2])
+        exec(IMPORTS[project], {})
+
+
+@pytest.mark.parametrize("project", ["CenterPoint", "Pointcept"])
+def test_what_projects_import_exists_with_the_name_replaced(project):
+    exec(IMPORTS[project].replace("spconv.pytorch", "unipad.spconv"), {})
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command):
     assert command.startswith("python ")
@@ -56,11 +105,15 @@ def test_modules_of_the_other_commands_exist():
     assert len(modules) >= 3 and all(find_spec(module) for module in modules)
 
 
+MISSING = {"HashTable", "SparseConv4d", "SubMConv4d"}  # which the page says
+
+
 def test_public_names():
-    named = set(re.findall(r"`(Sp\w+|SubM\w+|\w*Table|PointToVoxel|ToDense|Identity|ConvAlgo)`", TEXT)) - {"HashTable"}
+    named = set(re.findall(r"`(Sp\w+|SubM\w+|\w*Table|PointToVoxel|ToDense|Identity|ConvAlgo)`", TEXT)) - MISSING
     assert len(named) > 15
     for name in named:
         assert hasattr(spconv, name) or all(hasattr(spconv, f"{name}{n}d") for n in (1, 2, 3)), name
+    assert not any(hasattr(spconv, name) for name in MISSING)
     assert all(hasattr(spconv, name) for name in spconv.__all__)
     public = {name for name in vars(spconv) if name[0] != "_"} - {"voxels"}
     assert public == set(spconv.__all__)

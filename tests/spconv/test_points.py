@@ -46,6 +46,26 @@ def test_points_to_voxels(ndim, max_voxels, P):
     assert features.flatten().tolist() == [-5 if i < 0 else counts[i].item() for i in expected_ids]
 
 
+@pytest.mark.parametrize(
+    "vsize, high, cells",
+    [
+        (0.2, 0.5, 3), (0.2, 0.7, 4), (0.2, 0.48, 2), (0.2, 0.52, 3), (0.5, 2.25, 5), (0.5, 2.75, 6), (1.0, 0.5, 1),
+        (1.0, 1.5, 2), (0.1, 1.0, 10), (0.075, 108.0, 1440),
+    ],
+)  # fmt: skip
+def test_the_grid_is_rounded_half_up(vsize, high, cells):
+    """high / vsize, in fp32; half a cell by hand: 2.5 -> 3, 3.5 -> 4, 4.5 -> 5, 5.5 -> 6, 0.5 -> 1, 1.5 -> 2."""
+    generator = spconv.PointToVoxel([vsize], [0.0, high], 2, 10, 2)
+    assert generator.grid_size == [cells] and generator.coors_range == [0.0, high]
+    last = torch.tensor([[(cells - 0.5) * vsize, 1.0], [(cells + 0.5) * vsize, 1.0]])
+    assert generator(last)[1].tolist() == [[cells - 1]]
+
+
+def test_less_than_half_a_cell_is_no_cell():
+    with pytest.raises(ValueError, match="empty"):
+        spconv.PointToVoxel([1.0], [0.0, 0.5 - 2**-25], 2, 10, 2)  # in fp32, this + 0.5 is 1
+
+
 def test_bad_points():
     with pytest.raises(ValueError, match="range of 6 numbers"):
         spconv.PointToVoxel([1, 1, 1], [0, 0, 1, 1], 3, 10, 5)

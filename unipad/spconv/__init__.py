@@ -7,12 +7,13 @@ pool.py        maximum and average over windows and over samples
 modules.py     containers, and layers of torch.nn on the features
 functional.py  sums of tensors with different voxels; weights of spconv 1
 points.py      points -> voxels
+core.py, constants.py, ops.py   modules of spconv that other code imports
 
 Needs torch, Triton (without it only the CPU works) and numpy, nothing else of this project but `unipad.kernels`.
 docs/sparse.md compares it with spconv and others.
 """
 
-from unipad.spconv import conv, functional, modules, points, pool, tensor
+from unipad.spconv import constants, conv, core, functional, modules, ops, points, pool, tensor
 from unipad.spconv.conv import (
     ConvAlgo,
     SparseConv1d,
@@ -58,6 +59,8 @@ from unipad.spconv.pool import (
 )
 from unipad.spconv.tensor import SparseConvTensor
 
+__version__ = "2.3.8"  # of spconv's interface, for code that asks which one it has
+
 __all__ = [
     "AddTable",
     "ConcatTable",
@@ -95,12 +98,15 @@ __all__ = [
     "SubMConv3d",
     "ToDense",
     "assign_name_for_sparse_modules",
+    "constants",
     "conv",
+    "core",
     "from_spconv1",
     "functional",
     "gather_features_by_pc_voxel_id",
     "is_spconv_module",
     "modules",
+    "ops",
     "points",
     "pool",
     "tensor",

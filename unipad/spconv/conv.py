@@ -29,6 +29,7 @@ class SparseLayer(SparseModule):
 
     ndim = 3
     kind = None  # of the table, see `Shared`
+    groups = 1
     pointwise = False  # every voxel reads only itself
 
     def set_geometry(self, kernel_size, stride, padding, dilation, indice_key, record_voxel_count):
@@ -39,10 +40,40 @@ class SparseLayer(SparseModule):
             setattr(self, name, _expand(name, value, self.ndim))
         # as triples: leading axes that a grid does not have are one cell long
         fills = dict(kernel_size=1, stride=1, padding=0, dilation=1)
-        self.geometry = Geometry(*((fill,) * (3 - self.ndim) + getattr(self, name) for name, fill in fills.items()))
+        self.geometry = Geometry(*((fill,) * (3 - self.ndim) + (*getattr(self, n),) for n, fill in fills.items()))
         self.record_voxel_count = record_voxel_count
         if record_voxel_count:
             self.register_buffer(MAX_VOXELS, torch.zeros(1, dtype=torch.int32))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # state dicts with and without the counter fit
+        if self.record_voxel_count:
+            state_dict.setdefault(prefix + MAX_VOXELS, self.get_max_num_voxels())
+        else:
+            state_dict.pop(prefix + MAX_VOXELS, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # names of spconv, for code that reads them
+
+    @property
+    def subm(self) -> bool:
+        return self.kind == "submanifold"
+
+    @property
+    def transposed(self) -> bool:
+        return self.kind == "transposed"
+
+    @property
+    def inverse(self) -> bool:
+        return self.kind == "inverse"
+
+    @property
+    def conv1x1(self) -> bool:
+        return math.prod(self.kernel_size) == 1
+
+    @property
+    def output_padding(self) -> list[int]:
+        return [0] * self.ndim
 
     def get_max_num_voxels(self) -> Tensor | None:
         """[1] int32, the largest number of output voxels so far; None without `record_voxel_count`."""
@@ -64,10 +95,16 @@ class SparseLayer(SparseModule):
         if key is None or self.pointwise:
             return *self.output_voxels_and_table(voxels), x.indice_dict
         shared = x.indice_dict.get(key)
-        if shared is None:
+        if shared is not None:
+            self._check_shared(shared, voxels)
+        if shared is None or shared.outputs.was_modified():
             outputs, table = self.output_voxels_and_table(voxels)
-            shared = Shared(self.kind, self.geometry, voxels, outputs, table)
+            shared = Shared(self.kind, self.geometry, voxels, outputs, table, self.ndim)
             return outputs, table, x.indice_dict | {key: shared}
+        return shared.outputs, shared.table, x.indice_dict
+
+    def _check_shared(self, shared, voxels):
+        key = self.indice_key
         if (shared.kind, shared.geometry) != (self.kind, self.geometry):
             raise ValueError(
                 f"indice_key {key!r} belongs to a {shared.kind} layer with {_described(shared.geometry)}, this one is "
@@ -78,7 +115,6 @@ class SparseLayer(SparseModule):
                 f"indice_key {key!r} belongs to other voxels ({len(shared.voxels)} in a grid of {shared.voxels.shape}) "
                 f"than this layer's input ({len(voxels)} in a grid of {voxels.shape}): give this layer another key"
             )
-        return shared.outputs, shared.table, x.indice_dict
 
     def check_input(self, x: SparseConvTensor, channels: int | None = None):
         """Raise ValueError if x has other dimensions or channels than this layer, or rows that are no voxels."""
@@ -99,11 +135,13 @@ class SparseLayer(SparseModule):
             self.get_max_num_voxels().clamp_(min=len(outputs))
 
     def extra_repr(self):
-        return ", ".join(f"{name}={getattr(self, name)}" for name in ("kernel_size", "stride", "padding", "dilation"))
+        return ", ".join(
+            f"{name}={tuple(getattr(self, name))}" for name in ("kernel_size", "stride", "padding", "dilation")
+        )
 
 
 class SparseConvolution(SparseLayer):
-    """A sparse convolution.
+    """A sparse convolution: base class of those with a number of dimensions.
 
     weight: (Cout, *kernel_size, Cin), as in spconv 2.2 and 2.3; initialized as in `nn.Conv3d`, as is `bias`.
 
@@ -121,7 +159,7 @@ class SparseConvolution(SparseLayer):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], stride: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1, groups: int = 1, bias: bool = True,
-        indice_key: str | None = None, *, algo=None, fp32_accum=None, use_hash=False, large_kernel_fast_algo=False,
+        indice_key: str | None = None, algo=None, fp32_accum=None, *, use_hash=False, large_kernel_fast_algo=False,
         record_voxel_count: bool = False, act_type=None, act_alpha=0, act_beta=0, name: str | None = None, device=None,
         dtype=None,
     ):  # fmt: skip
@@ -132,7 +170,7 @@ class SparseConvolution(SparseLayer):
             raise ValueError(f"act_type {act_type} is not supported: append the activation as a module")
         counted = record_voxel_count and self.kind in ("strided", "transposed")
         self.set_geometry(kernel_size, stride, padding, dilation, indice_key, counted)
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.out_channels, self.algo, self.fp32_accum = in_channels, out_channels, algo, fp32_accum
         self.rounded = None  # inside of `model.sparse.rounded_weights`: the weight in autocast's type
         options = dict(device=device, dtype=dtype)
         self.weight = nn.Parameter(torch.empty(out_channels, *self.kernel_size, in_channels, **options))
@@ -165,7 +203,8 @@ class SparseConvolution(SparseLayer):
         """The features of the output voxels: [N, Cin] -> [M, Cout]."""
         weight = self.kernel_weight()
         if table is None:
-            return F.linear(features, weight.flatten(1), self.bias)
+            bias = None if self.bias is None else self.bias.to(features.dtype)
+            return F.linear(features, weight.flatten(1).to(features.dtype), bias)
         rounded = self.rounded_for(features)
         out = sparse_conv(features, weight, *table, allow_tf32=self.allow_tf32, rounded=rounded)
         return out if self.bias is None else out + self.bias.to(out.dtype)
@@ -239,8 +278,11 @@ class SparseInverseConv(SparseConvolution):
 
     kind = "inverse"
 
-    def __init__(self, in_channels, out_channels, kernel_size, indice_key=None, bias=True, **options):
-        super().__init__(in_channels, out_channels, kernel_size, bias=bias, indice_key=indice_key, **options)
+    def __init__(
+        self, in_channels, out_channels, kernel_size, indice_key=None, bias=True, algo=None, fp32_accum=None, **options
+    ):
+        options |= dict(bias=bias, indice_key=indice_key, algo=algo, fp32_accum=fp32_accum)
+        super().__init__(in_channels, out_channels, kernel_size, **options)
 
     def output_voxels_and_table(self, voxels):
         if voxels.source is None:
@@ -323,8 +365,9 @@ class SparseInverseConv3d(SparseInverseConv):
 
 
 def _expand(name, value, ndim):
-    """`value` as a tuple of `ndim` numbers."""
-    values = tuple(int(v) for v in value) if hasattr(value, "__len__") else (int(value),) * ndim
+    """`value` as a list of `ndim` numbers."""
+    several = hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0  # arrays of no dimension are numbers
+    values = [int(v) for v in value] if several else [int(value)] * ndim
     if len(values) != ndim or min(values) < (0 if name == "padding" else 1):
         raise ValueError(f"{name} {value} is not one or {ndim} valid numbers")
     return values

@@ -1,5 +1,7 @@
 """Functions of several sparse tensors, and weights of spconv 1."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,8 @@ def sparse_add(*tensors: SparseConvTensor) -> SparseConvTensor:
     have it.
 
     If one of them has all voxels, the result has its voxels, in its order, and its tables: inverse convolutions work as
-    behind it. Else the result has the union, in ascending order, and no tables. Waits for the device.
+    behind it. Else the result has the union, in ascending order, and no tables. Its type is the widest, as of `a + b`.
+    Waits for the device.
 
     Raises ValueError for different grids, batch sizes or numbers of channels.
     """
@@ -37,10 +40,11 @@ def sparse_add(*tensors: SparseConvTensor) -> SparseConvTensor:
         def total(features):
             return SparseConvTensor(features, indices, first.spatial_shape, first.batch_size)
 
-    features = first.features.new_zeros(len(keys), first.features.shape[1])
+    dtype = reduce(torch.promote_types, [x.features.dtype for x in tensors])
+    features = first.features.new_zeros(len(keys), first.features.shape[1], dtype=dtype)
     for x, r in zip(tensors, rows, strict=True):
         # no two rows of `x` are added to the same one, so the order of additions is that of the tensors
-        features = features.index_add(0, r, x.features.to(features.dtype))
+        features = features.index_add(0, r, x.features.to(dtype))
     return total(features)
 
 
@@ -53,7 +57,8 @@ def from_spconv1(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
 
     net: its module names are those of the state dict; keys that it does not have are kept.
 
-    Raises ValueError for a weight of another shape.
+    Raises ValueError for a weight of another shape. Weights of spconv 2.0 and 2.1, (*kernel_size, Cout, Cin), are not
+    told from those of spconv 1 if Cin is Cout: they are not for this function.
     """
     state = dict(state)
     for name, module in net.named_modules():

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from unipad.spconv.tensor import SparseConvTensor
 
-NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d)
-
 
 class SparseModule(nn.Module):
     """Base class of modules that a `SparseSequential` calls with the sparse tensor, not with its features."""
@@ -69,8 +67,7 @@ class SparseSequential(nn.Sequential, SparseModule):
         for module in self:
             if is_spconv_module(module) or not isinstance(x, SparseConvTensor):
                 x = module(x)
-            # without voxels there are no statistics to normalize by
-            elif x.features.shape[0] or not any(isinstance(m, NORMS) for m in module.modules()):
+            else:  # without voxels too: they may change the number of channels, or wait for other processes
                 x = x.replace_feature(module(x.features))
         return x
 
@@ -106,7 +103,7 @@ class JoinTable(SparseModule):
 
     def forward(self, tensors: list[SparseConvTensor]) -> SparseConvTensor:
         first = tensors[0]
-        if not all(first.voxels.same_as(x.voxels) for x in tensors):
+        if not all(first.current_voxels().same_as(x.current_voxels()) for x in tensors):
             raise ValueError("the sparse tensors to join have different voxels")
         return first.replace_feature(torch.cat([x.features for x in tensors], dim=1))
 

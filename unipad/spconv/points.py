@@ -28,13 +28,14 @@ class PointToVoxel:
         self, vsize_xyz: Sequence[float], coors_range_xyz: Sequence[float], num_point_features: int,
         max_num_voxels: int, max_num_points_per_voxel: int, device: torch.device | str = "cpu",
     ):  # fmt: skip
-        self.ndim = len(vsize_xyz)
+        self.ndim, self.coors_range = len(vsize_xyz), list(coors_range_xyz)
         if len(coors_range_xyz) != 2 * self.ndim or not min(vsize_xyz) > 0:
             raise ValueError(f"cells {vsize_xyz} of a size above 0 need a range of {2 * self.ndim} numbers")
         self.device = torch.device(device)
         given = coors_range_xyz[: self.ndim], coors_range_xyz[self.ndim :], vsize_xyz
         low, high, vsize = (torch.tensor(t, dtype=torch.float32) for t in given)
-        cells = ((high - low) / vsize).round().long().flip(0)  # in fp32, as spconv
+        # in fp32, half a cell up, as spconv; the sum in fp64, since 0.49999997 + 0.5 would be 1
+        cells = (((high - low) / vsize).double() + 0.5).floor().long().flip(0)
         self.grid_size = cells.tolist()  # (z, y, x)
         if min(self.grid_size) < 1 or torch.Size(self.grid_size).numel() >= OUTSIDE:
             raise ValueError(f"a grid of {self.grid_size} cells (z, y, x) is empty or too large")

@@ -95,12 +95,13 @@ class SparsePool(SparseLayer):
     """
 
     def __init__(
-        self, kernel_size, stride=None, padding=0, dilation=1, indice_key: str | None = None, *, subm: bool = False,
-        algo=None, record_voxel_count: bool = False, name: str | None = None,
+        self, kernel_size, stride=None, padding=0, dilation=1, indice_key: str | None = None, algo=None,
+        record_voxel_count: bool = False, name: str | None = None, *, subm: bool = False,
     ):  # fmt: skip
         super().__init__(name)
         self.kind = "submanifold" if subm else "strided"
         stride = kernel_size if stride is None else stride
+        self.algo = algo
         self.set_geometry(kernel_size, stride, padding, dilation, indice_key, record_voxel_count and not subm)
         if subm:
             self.geometry = self.geometry._replace(stride=(1, 1, 1), padding=(0, 0, 0))
@@ -175,7 +176,8 @@ class SparseGlobalPool(SparseModule):
         )
         counts = to_host(ends.diff(prepend=ends.new_zeros(1)), "number of voxels of each sample")
         rows = x.features.index_select(0, order).split(counts)
-        return torch.stack([self.pool(r) if len(r) else r.sum(dim=0) for r in rows])
+        pooled = [self.pool(r) if len(r) else r.sum(dim=0) for r in rows]
+        return torch.stack(pooled) if pooled else x.features.new_zeros(0, x.features.shape[1])
 
 
 class SparseGlobalMaxPool(SparseGlobalPool):

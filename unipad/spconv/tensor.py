@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unipad.kernels.backend import host_wait
-from unipad.spconv.voxels import Geometry, Table, VoxelSet
+from unipad.spconv.voxels import Geometry, Table, VoxelSet, with_version
 
 
 class Shared(NamedTuple):
@@ -19,6 +19,29 @@ class Shared(NamedTuple):
     voxels: VoxelSet
     outputs: VoxelSet
     table: Table
+    ndim: int
+
+    # names of spconv
+
+    @property
+    def indices(self) -> Tensor:
+        return self.voxels.indices(self.ndim)
+
+    @property
+    def out_indices(self) -> Tensor:
+        return self.outputs.indices(self.ndim)
+
+    @property
+    def spatial_shape(self) -> list[int]:
+        return list(self.voxels.shape[3 - self.ndim :])
+
+    @property
+    def out_spatial_shape(self) -> list[int]:
+        return list(self.outputs.shape[3 - self.ndim :])
+
+    @property
+    def ksize(self) -> list[int]:
+        return list(self.geometry.kernel[3 - self.ndim :])
 
 
 class SparseConvTensor:
@@ -30,14 +53,16 @@ class SparseConvTensor:
     batch_size:    number of grids; some may be empty, also all.
     indice_dict:   tables shared by `indice_key`; each layer that adds one does so in a copy.
 
-    `indices`, `spatial_shape` and `batch_size` can be assigned, and `indices` modified in place. The first layer that
-    needs the voxels checks them (the host waits for the device): ValueError for a voxel that is outside of the grid or
-    occurs twice. Other arguments of spconv's class are accepted and have no effect.
+    `indices`, `spatial_shape` and `batch_size` can be assigned, and the first two modified in place, which code under
+    `torch.compile` does not notice. Indices made in inference mode are copied. The first layer that needs the voxels
+    checks them (the host waits for the device): ValueError for a voxel that is outside of the grid or occurs twice.
+    Other arguments of spconv's class are accepted and have no effect.
     """
 
     # spconv's attributes for its grid buffer, TensorRT and profiling, without a meaning here
     grid = voxel_num = force_algo = None
     benchmark = is_quantized = False
+    _shape = None  # what `spatial_shape` returned, which may have been modified since
 
     def __init__(
         self, features: Tensor, indices: Tensor, spatial_shape: Sequence[int], batch_size: int, grid=None,
@@ -58,7 +83,7 @@ class SparseConvTensor:
             raise ValueError(f"features are on {features.device}, indices on {indices.device}")
         self.features, self.ndim = features, len(shape)
         self.indice_dict = {} if indice_dict is None else indice_dict
-        self._given = indices, shape, int(batch_size)
+        self._give(with_version(indices), shape, int(batch_size))
 
     @classmethod
     def of(
@@ -81,52 +106,52 @@ class SparseConvTensor:
         return self._make_voxels()
 
     def current_voxels(self) -> VoxelSet:
-        """`voxels`, made anew if they were modified in place."""
-        if not torch.compiler.is_compiling() and self.voxels.was_modified():
-            self.indices = self.indices
+        """`voxels`, made anew if they or their grid were modified in place."""
+        if not torch.compiler.is_compiling() and (self.voxels.was_modified() or self._has_another_shape()):
+            self._give(self.indices, self.spatial_shape, self.batch_size)
         return self.voxels
+
+    def _has_another_shape(self):
+        return self._shape is not None and tuple(self._shape) != self.voxels.shape[3 - self.ndim :]
 
     @torch.compiler.disable
     def _make_voxels(self):
-        indices, *_ = self._given
+        indices, batch_size = self._given
         if len(indices) != len(self.features):
             raise ValueError(f"{len(self.features)} rows of features do not match {len(indices)} voxels")
-        return VoxelSet.of_indices(*self._given)
-
-    def _parts(self):
-        """(indices, spatial shape, batch size)"""
-        voxels = self.__dict__.get("voxels")
-        if voxels is None:
-            return self._given
-        return voxels.indices(self.ndim), list(voxels.shape[3 - self.ndim :]), voxels.batch_size
-
-    def _set_parts(self, indices, shape, batch_size):
-        self._given = indices, [int(size) for size in shape], int(batch_size)
-        self.__dict__.pop("voxels", None)
+        return VoxelSet.of_indices(indices, self._shape, batch_size)
 
     @property
     def indices(self) -> Tensor:
-        return self._parts()[0]
+        voxels = self.__dict__.get("voxels")
+        return self._given[0] if voxels is None else voxels.indices(self.ndim)
 
     @indices.setter
     def indices(self, indices):
-        self._set_parts(indices, self.spatial_shape, self.batch_size)
+        self._give(with_version(indices), self.spatial_shape, self.batch_size)
 
     @property
     def spatial_shape(self) -> list[int]:
-        return self._parts()[1]
+        if self._shape is None:
+            self._shape = list(self.voxels.shape[3 - self.ndim :])
+        return self._shape
 
     @spatial_shape.setter
     def spatial_shape(self, shape):
-        self._set_parts(self.indices, shape, self.batch_size)
+        self._give(self.indices, [int(size) for size in shape], self.batch_size)
 
     @property
     def batch_size(self) -> int:
-        return self._parts()[2]
+        voxels = self.__dict__.get("voxels")
+        return self._given[1] if voxels is None else voxels.batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size):
-        self._set_parts(self.indices, self.spatial_shape, batch_size)
+        self._give(self.indices, self.spatial_shape, int(batch_size))
+
+    def _give(self, indices, shape, batch_size):
+        self._given, self._shape = (indices, batch_size), shape
+        self.__dict__.pop("voxels", None)
 
     @property
     def spatial_size(self) -> int:
@@ -135,7 +160,10 @@ class SparseConvTensor:
 
     def replace_feature(self, features: Tensor) -> "SparseConvTensor":
         """The same voxels with other features."""
-        return SparseConvTensor.of(features, self.voxels, self.indice_dict, self.ndim)
+        x = SparseConvTensor.of(features, self.voxels, self.indice_dict, self.ndim)
+        if self._shape is not None:
+            x._shape = list(self._shape)
+        return x
 
     def shadow_copy(self) -> "SparseConvTensor":
         return self.replace_feature(self.features)
@@ -176,7 +204,7 @@ class SparseConvTensor:
     def __add__(self, other: "SparseConvTensor | Tensor") -> "SparseConvTensor":
         """Adds features, voxel by voxel."""
         if isinstance(other, SparseConvTensor):
-            if not self.voxels.same_as(other.voxels):
+            if not self.current_voxels().same_as(other.current_voxels()):
                 raise ValueError("sparse tensors with different voxels are added with `functional.sparse_add`")
             other = other.features
         return self.replace_feature(self.features + other)

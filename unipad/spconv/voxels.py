@@ -83,7 +83,17 @@ class VoxelSet:
             last = backend.to_host(self.coords[:, 0].max(), "largest batch index of a voxel") if len(coords) else -1
             if last >= batch_size:
                 raise ValueError(f"a voxel is in grid {last} of a batch of {batch_size}")
-        self._expose(self.coords)
+        self._exposed = self._version = None  # what `indices` returns, once it is asked for in inference mode
+        if not self.coords.is_inference():
+            self._expose(self.coords)
+
+    def __getstate__(self):
+        return vars(self) | {"_version": "modified" if self.was_modified() else "as made"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if self._exposed is not None and self._version == "as made":
+            self._expose(self._exposed)  # versions of copied tensors start anew
 
     def __len__(self):
         return len(self.coords)
@@ -120,9 +130,15 @@ class VoxelSet:
 
     def indices(self, ndim: int) -> Tensor:
         """[N, 1 + ndim] int32, the last `ndim` coordinates of the voxels behind b; the same tensor at every call."""
-        if self._exposed.shape[1] != 1 + ndim:
-            self._expose(torch.cat([self.coords[:, :1], self.coords[:, 4 - ndim :]], dim=1))
+        if self._exposed is None or self._exposed.shape[1] != 1 + ndim:
+            self._expose_coords(ndim)
         return self._exposed
+
+    @torch.compiler.disable
+    def _expose_coords(self, ndim):
+        missing = 3 - ndim
+        own = torch.cat([self.coords[:, :1], self.coords[:, 1 + missing :]], dim=1) if missing else self.coords
+        self._expose(own)
 
     @staticmethod
     def of_indices(indices: Tensor, spatial_shape: Sequence[int], batch_size: int) -> "VoxelSet":
@@ -137,18 +153,22 @@ class VoxelSet:
         return voxels
 
     def was_modified(self) -> bool:
-        """Whether the voxels were modified in place since the set was made: then its tables are wrong."""
-        return self._version is not None and self._version != self._exposed._version
+        """Whether the voxels were modified in place since the set was made: then its tables are wrong.
+
+        Compiled code does not look."""
+        if self._exposed is None or torch.compiler.is_compiling():
+            return False
+        return self._version != self._exposed._version
 
     def _expose(self, indices):
         """Keep the tensor that users see as the voxels' indices, and its version."""
-        self._exposed = indices
-        self._version = None if indices.is_inference() else indices._version  # those of inference have none
+        self._exposed = with_version(indices)
+        self._version = self._exposed._version
 
     def _outputs(self, is_transposed, *geometry):
         weak_outputs = self._cache.find((is_transposed, geometry), self.coords.device)
         outputs = None if weak_outputs is None else weak_outputs()
-        return self._make_outputs(is_transposed, geometry) if outputs is None else outputs
+        return self._make_outputs(is_transposed, geometry) if outputs is None or outputs.was_modified() else outputs
 
     # Compiled code takes existing tables as inputs. It cannot build them, since their sizes depend on the data.
     @torch.compiler.disable
@@ -183,3 +203,11 @@ class VoxelSet:
             return self.keys(), None
         make = partial(voxel_keys.sort_voxels, self.coords, self.shape, check=False)
         return self._cache.get("sorted", self.coords.device, make)
+
+
+def with_version(indices: Tensor) -> Tensor:
+    """The same tensor; of one made in inference mode a copy, since that mode does not count changes in place."""
+    if torch.compiler.is_compiling() or not indices.is_inference():
+        return indices
+    with torch.inference_mode(False):
+        return indices.clone()

@@ -1,1 +1,1 @@
-"""In the place of `spconv.constants`: settings that code assigns, such as OpenPCDet, have no effect."""
+"""In the place of `spconv.constants`: settings that code such as OpenPCDet's assigns; they have no effect."""

@@ -130,7 +130,8 @@ def checksum(folder):
         for value in tree_iter(torch.load(checkpoint, weights_only=False)["model"]):
             digest.update(value.numpy().tobytes())
         return digest.hexdigest()[:12]
-    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".png"):
+    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".png"]
+    for file in sorted(file for file in files if file.name[0] != "."):  # .lock names a process
         content = file.read_bytes()
         if file.name == "metrics_summary.json":
             content = json.dumps({**json.loads(content), "eval_time": None}).encode()

@@ -21,7 +21,7 @@ from benchmarks.eager import eager_voxel_pool
 from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
 from unipad.kernels.pool_points import geometry_ref, voxels_ref
 from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
-from unipad.recipes.common import GRID_075, TINY_GRID
+from unipad.recipes.encoders import GRID_075, TINY_GRID
 
 # name, grid, channels, depth bins, (nearest, farthest) meters, padded image (H, W), width before padding / 1600, stride
 PAPER = ("camera-0.075", GRID_075, 256, 118, (1.0, 60.0), (928, 1600), 1.0, 32)

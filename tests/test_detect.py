@@ -17,7 +17,7 @@ from unipad.model.dropout import Dropout, drop
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
 from unipad.names import from_original
-from unipad.recipes.common import GRID_075
+from unipad.recipes.encoders import GRID_075
 
 # Grid of the records, 20 x 18 x 5 cells (x, y, z), and their heads: with denoising (UVTR-DN) and plain (UVTR)
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))

@@ -11,7 +11,7 @@ from unipad import config
 from unipad.model.camera import CameraEncoder
 from unipad.model.pretrain import Pretrain
 from unipad.model.volume import Conv3x3x3
-from unipad.recipes.common import TINY_CAMERA
+from unipad.recipes.encoders import TINY_CAMERA
 
 GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(1.0, 2.0, 2.0))
 POOL = replace(TINY_CAMERA, fpn_start=3, fpn_levels=1, view="pool", depth="complex", aspp_channels=8, volume_convs=1)

@@ -14,7 +14,7 @@ from unipad.errors import UserError
 from unipad.kernels import backend
 from unipad.model.encoder import Encoder
 from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift, VoxelPoolLift, view_transform
-from unipad.recipes.common import CAMERA_075
+from unipad.recipes.encoders import CAMERA_075
 
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the records
 # The records have 2 samples of 6 views, one frame each, and images of 256 x 448 pixels.

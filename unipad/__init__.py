@@ -5,7 +5,7 @@ config_dict.py settings as dictionaries for files, and back
 recipes/       presets: the paper's, the released configs', tiny ones
 batch.py       the batch: the interface between data and model
 boxes.py       box geometry, for data and model
-errors.py      user-facing errors: one sentence each, with the fix
+errors.py      errors for users: one sentence that says what is wrong and what to do
 runtime.py     device, processes, random numbers, stopping on a signal
 exit.py        how a program ends: exit codes, and one line instead of a traceback
 run_folder.py  the folder, log and checkpoints of a training run

@@ -21,7 +21,7 @@ from unipad.model.occupancy import OccupancyModel
 from unipad.model.pretrain import Pretrain
 from unipad.optimizer import make_optimizer, set_rates
 from unipad.recipes import OCCUPANCY, PRETRAIN
-from unipad.recipes.common import TINY_GRID
+from unipad.recipes.encoders import TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
 # Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient (in the L2 norm). On the

@@ -1,6 +1,6 @@
 """The presets: recipes of the paper and of the released configs, and tiny ones for two CPU cores.
 
-common.py    grids, encoders and augmentation that several recipes share
+encoders.py  encoders, and the grids, sweeps and augmentation that go with them
 pretrain.py  pre-training
 finetune.py  fine-tuning: detection, segmentation, occupancy
 

@@ -21,7 +21,7 @@ from unipad.config import (
     SegmentRecipe,
     UnetConfig,
 )
-from unipad.recipes.common import (
+from unipad.recipes.encoders import (
     CAMERA_075,
     CAMERA_BEVDEPTH,
     CAMERA_BEVDET,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from unipad.config import Augment, CameraConfig, Data, LidarConfig, Optim, PretrainRecipe, RayChoice, Render, UnetConfig
-from unipad.recipes.common import (
+from unipad.recipes.encoders import (
     CAMERA_075,
     CAMERA_BEVDEPTH,
     CAMERA_BEVDET,

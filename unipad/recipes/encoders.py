@@ -1,4 +1,4 @@
-"""What recipes of pre-training and fine-tuning have in common: grids, encoders, augmentation."""
+"""Encoders that several recipes share, and the grids, sweeps and augmentation that go with them."""
 
 from dataclasses import replace
 
